@@ -1,0 +1,163 @@
+"""Kernels behind the attention operator, and the choice between them.
+
+`cpu` serves CPUs, `split` GPUs; both offer `forward` and `backward`. Importing this package does
+not import Triton: only `split` and what it uses do.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from dataclasses import dataclass
+
+import torch
+
+if __name__ != "moda_compile.kernels":
+    # `kernels` is another project's name on PyPI, and transformers looks for it by importing it,
+    # from a checkout's root this folder. So the import itself gives a stand-in, of a version too
+    # old for anybody to want, and taking anything from it raises.
+    class _Elsewhere(types.ModuleType):
+        __version__ = "0"
+
+        def __getattr__(self, name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise ImportError(
+                f"import this package as moda_compile.kernels, not as {self.__name__!r}."
+            )
+
+    sys.modules[__name__] = _Elsewhere(__name__)
+
+__all__ = ["Lowering", "available_sequence_kernels", "choose"]
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_CUDNN_MAX_HEAD_DIM = 128  # on every GPU it serves
+_MAX_HEAD_DIM = 256  # of the depth kernels and of flash attention
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How one attention call is computed, and why.
+
+    name: "split" (the platform's attention, then a Triton kernel for the depth slots), "plain"
+        (PyTorch operations only) or "cpu". sequence: what computes the sequence part: "cudnn",
+        "flash", "efficient" or "math" on GPUs. reason: one sentence for the report.
+    """
+
+    name: str
+    sequence: str
+    reason: str
+
+
+def available_sequence_kernels() -> frozenset[str]:
+    """The fused attentions that this build of torch has and that its user has not disabled.
+
+    Reads the same switches as `torch.nn.functional.scaled_dot_product_attention`
+    (`torch.nn.attention.sdpa_kernel` sets them). Empty without a GPU.
+    """
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return frozenset()
+    names = set()
+    cudnn = torch.backends.cudnn
+    if cudnn.is_available() and cudnn.enabled and torch.backends.cuda.cudnn_sdp_enabled():
+        # 9.0: any sequence length. Its backward is not deterministic, so SDPA drops it as well
+        # when determinism is asked for.
+        strict = torch.are_deterministic_algorithms_enabled()
+        strict = strict and not torch.is_deterministic_algorithms_warn_only_enabled()
+        if (cudnn.version() or 0) >= 90000 and not strict:
+            names.add("cudnn")
+    if torch.backends.cuda.is_flash_attention_available():
+        if torch.backends.cuda.flash_sdp_enabled():
+            names.add("flash")
+    if torch.backends.cuda.mem_efficient_sdp_enabled():
+        names.add("efficient")
+    return frozenset(names)
+
+
+def choose(
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: int | None = None,
+    capability: tuple[int, int] | None = None,
+    available: frozenset[str] | None = None,
+) -> Lowering:
+    """The lowering for these inputs, keyed by what they are and by compute capability.
+
+    Args:
+        device_type: of the inputs, e.g. "cuda".
+        dtype: of q, k, v.
+        head_dim: d.
+        tokens: T, if known.
+        capability: (major, minor) compute capability; by default the current device's.
+        available: by default `available_sequence_kernels()`.
+    """
+    if device_type != "cuda":
+        return Lowering(
+            "cpu", "flash", f"device {device_type!r}: PyTorch's flash attention, slots by PyTorch."
+        )
+    if capability is None:
+        has_gpu = torch.cuda.is_available()
+        capability = torch.cuda.get_device_capability() if has_gpu else (0, 0)
+    if available is None:
+        available = available_sequence_kernels()
+    single = tokens is not None and bool(tokens == 1)
+    return _choose(dtype, int(head_dim), single, capability, available)
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(
+    dtype: torch.dtype,
+    head_dim: int,
+    single_token: bool,
+    capability: tuple[int, int],
+    available: frozenset[str],
+) -> Lowering:
+    if dtype not in (*_LOW_PRECISION, torch.float32):
+        return Lowering("plain", "math", f"{dtype}: no fused kernel computes in it.")
+    if head_dim > _MAX_HEAD_DIM:
+        return Lowering("plain", "math", f"head_dim {head_dim} exceeds {_MAX_HEAD_DIM}.")
+    refused: list[str] = []
+    # On capability 9.0 and newer cuDNN's kernels are the ones written for the hardware (measured
+    # on 9.0, forward + backward: 0.6x the time of flash attention); before, flash attention is.
+    order = ("cudnn", "flash") if capability >= (9, 0) else ("flash", "cudnn")
+    for name in (*order, "efficient"):
+        obstacle = _obstacle(name, dtype, head_dim, single_token, capability, available)
+        if obstacle is None:
+            tried = f"; not {'; not '.join(refused)}" if refused else ""
+            text = f"{name} attention, capability {capability[0]}.{capability[1]}{tried}."
+            return Lowering("split", name, text)
+        refused.append(f"{name}: {obstacle}")
+    return Lowering("split", "math", f"no fused attention: {'; '.join(refused)}.")
+
+
+def _obstacle(
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    single_token: bool,
+    capability: tuple[int, int],
+    available: frozenset[str],
+) -> str | None:
+    """Why the fused attention `name` can't serve, or None. (Odd head dims can: they get padded.)"""
+    if name not in available:
+        return "not available or disabled"
+    if name == "efficient":
+        if dtype == torch.bfloat16 and capability < (8, 0):
+            return "bfloat16 needs capability 8.0"
+        return None
+    if dtype not in _LOW_PRECISION:
+        return f"{dtype} is not a 16-bit type"
+    if capability < (8, 0):
+        return "needs capability 8.0"
+    if name == "cudnn":
+        if head_dim > _CUDNN_MAX_HEAD_DIM:
+            return f"head_dim {head_dim} exceeds {_CUDNN_MAX_HEAD_DIM}"
+        if single_token:
+            return "a key sequence of one token"
+    # Its backward doesn't fit in the shared memory of these capabilities.
+    if name == "flash" and head_dim > 192 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        return f"head_dim {head_dim} exceeds 192"
+    return None

@@ -1,0 +1,320 @@
+"""Backward of the depth part: gradients of the query and of every slot, from the joint softmax.
+
+Source: arXiv 2603.15619, section 3. With the JOINT lse and delta = do . o of a query,
+
+    p = exp(z - lse);  dz = p (do . v - delta);  dq += scale sum_slots dz k
+    dk = scale sum_heads dz q;  dv = sum_heads p do
+
+and no token touches another's slots, so each gradient row is written by exactly one program:
+no atomics, and the same bits every time. dq starts from the sequence part's.
+"""
+
+# The arguments of Triton functions have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moda_compile.kernels import configs, launch, slot_table, tiles
+from moda_compile.kernels.tiles import batched_dot, head_rows, slot_rows
+
+
+@triton.jit
+def depth_backward_kernel(
+    query,
+    out,
+    grad_out,
+    sequence_grad_query,
+    grad_query,
+    lse,
+    key,
+    value,
+    table,
+    grad_key,
+    grad_value,
+    slots,
+    tokens,
+    kv_heads,
+    scale,
+    query_stride_batch,
+    query_stride_head,
+    query_stride_token,
+    out_stride_batch,
+    out_stride_head,
+    out_stride_token,
+    grad_out_stride_batch,
+    grad_out_stride_head,
+    grad_out_stride_token,
+    sequence_stride_batch,
+    sequence_stride_head,
+    sequence_stride_token,
+    grad_query_stride_batch,
+    grad_query_stride_head,
+    grad_query_stride_token,
+    lse_stride_batch,
+    lse_stride_head,
+    lse_stride_token,
+    key_stride_slot,
+    key_stride_batch,
+    key_stride_head,
+    key_stride_token,
+    value_stride_slot,
+    value_stride_batch,
+    value_stride_head,
+    value_stride_token,
+    grad_stride_slot,
+    grad_stride_batch,
+    grad_stride_head,
+    grad_stride_token,
+    grad_stride_dim,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SLOT_ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Write grad_query, and write or (ACCUMULATE) add to grad_key and grad_value; see `run`."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(tokens, TOKENS)
+    program = tl.program_id(0)
+    pair = program // blocks
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
+    token = ((program % blocks) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    member = tl.arange(0, PADDED_GROUP)
+    head = kv_head * GROUP + member
+    dim = tl.arange(0, PADDED_DIM)
+    factor = tl.cast(scale, tl.float32)
+
+    token_live = token < tokens
+    dim_live = dim < HEAD_DIM
+    head_live = token_live[:, None] & (member < GROUP)[None, :]
+    tile_live = head_live[:, :, None] & dim_live[None, None, :]
+
+    query_rows = head_rows(
+        query,
+        batch,
+        head,
+        token,
+        query_stride_batch,
+        query_stride_head,
+        query_stride_token,
+        ALIGN,
+    )
+    q = tl.load(query_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
+    out_rows = head_rows(
+        out, batch, head, token, out_stride_batch, out_stride_head, out_stride_token, ALIGN
+    )
+    o = tl.load(out_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
+    grad_out_rows = head_rows(
+        grad_out,
+        batch,
+        head,
+        token,
+        grad_out_stride_batch,
+        grad_out_stride_head,
+        grad_out_stride_token,
+        ALIGN,
+    )
+    do = tl.load(grad_out_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 2)  # [token, head]
+    lse_rows = (
+        lse
+        + batch * lse_stride_batch
+        + head[None, :] * lse_stride_head
+        + token[:, None] * lse_stride_token
+    )
+    lse_log2 = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
+    q_columns = tl.permute(q, (0, 2, 1))
+    do_columns = tl.permute(do, (0, 2, 1))
+    dq = tl.zeros([TOKENS, PADDED_GROUP, PADDED_DIM], tl.float32)
+
+    for first in range(0, slots, SLOTS):
+        slot = (first + tl.arange(0, SLOTS)).to(tl.int64)
+        slot_live = slot < slots
+        row_live = token_live[:, None] & slot_live[None, :]
+        load_live = row_live[:, :, None] & dim_live[None, None, :]
+        key_rows = slot_rows(
+            key,
+            table,
+            slot,
+            slot_live,
+            batch,
+            kv_head,
+            token,
+            key_stride_slot,
+            key_stride_batch,
+            key_stride_head,
+            key_stride_token,
+            0,
+            COLUMNS,
+            TABLE,
+            UNIFORM,
+            SLOT_ALIGN,
+        )
+        k = tl.load(key_rows[:, :, None] + dim[None, None, :], mask=load_live, other=0.0)
+        value_rows = slot_rows(
+            value,
+            table,
+            slot,
+            slot_live,
+            batch,
+            kv_head,
+            token,
+            value_stride_slot,
+            value_stride_batch,
+            value_stride_head,
+            value_stride_token,
+            4,
+            COLUMNS,
+            TABLE,
+            UNIFORM,
+            SLOT_ALIGN,
+        )
+        v = tl.load(value_rows[:, :, None] + dim[None, None, :], mask=load_live, other=0.0)
+        z = batched_dot(k, q_columns, EMULATED) * (factor * LOG2E)  # [token, slot, head]
+        p = tl.exp2(z - lse_log2[:, None, :])
+        # A slot past the last has z = 0, so its p may overflow; it must not reach dq as inf * 0.
+        p = tl.where(row_live[:, :, None], p, 0.0)
+        dp = batched_dot(v, do_columns, EMULATED)
+        # The factor `scale` enters after the products, so that dz stays in float16's range.
+        dz = (p * (dp - delta[:, None, :])).to(q.dtype)
+        dq += batched_dot(tl.permute(dz, (0, 2, 1)), k, EMULATED)
+        dk = batched_dot(dz, q, EMULATED) * factor
+        dv = batched_dot(p.to(q.dtype), do, EMULATED)
+        grad_rows = (
+            batch * grad_stride_batch
+            + kv_head * grad_stride_head
+            + slot[None, :] * grad_stride_slot
+            + token[:, None] * grad_stride_token
+        )
+        grad_key_rows = tl.multiple_of(grad_key + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
+        grad_value_rows = tl.multiple_of(grad_value + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
+        key_cells = grad_key_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
+        value_cells = grad_value_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
+        if ACCUMULATE:
+            dk += tl.load(key_cells, mask=load_live, other=0.0).to(tl.float32)
+            dv += tl.load(value_cells, mask=load_live, other=0.0).to(tl.float32)
+        tl.store(key_cells, dk.to(grad_key.dtype.element_ty), mask=load_live)
+        tl.store(value_cells, dv.to(grad_value.dtype.element_ty), mask=load_live)
+
+    sequence_rows = head_rows(
+        sequence_grad_query,
+        batch,
+        head,
+        token,
+        sequence_stride_batch,
+        sequence_stride_head,
+        sequence_stride_token,
+        ALIGN,
+    )
+    sequence = tl.load(sequence_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
+    dq = sequence.to(tl.float32) + dq * factor
+    grad_query_rows = head_rows(
+        grad_query,
+        batch,
+        head,
+        token,
+        grad_query_stride_batch,
+        grad_query_stride_head,
+        grad_query_stride_token,
+        ALIGN,
+    )
+    tl.store(
+        grad_query_rows[:, :, None] + dim[None, None, :],
+        dq.to(grad_query.dtype.element_ty),
+        mask=tile_live,
+    )
+
+
+def run(
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequence_grad_query: Tensor,
+    slots: slot_table.Slots,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    *,
+    accumulate: bool,
+    scale: float,
+) -> Tensor:
+    """Gradients of the depth part.
+
+    Args:
+        grad_out, q, out, sequence_grad_query: [B, Hq, T, d], last stride 1; out is the joint
+            output, sequence_grad_query the sequence part of the query's gradient.
+        lse: joint log-sum-exp [B, Hq, T], natural log, float32.
+        slots: the S depth slots.
+        grad_key, grad_value: [N >= S, B, Hk, T, d], any strides, the same for both; rows i < S are
+            overwritten or, with accumulate, added to. No other row is touched.
+        scale: factor of every score.
+
+    Returns:
+        the query's whole gradient [B, Hq, T, d], in [B, T, Hq, d] memory order.
+    """
+    b, hq, t, d = q.shape
+    hk = slots.kv_heads
+    group = hq // hk
+    grad_query = launch.token_major_empty(q, q.shape)
+    tile = configs.backward_tile(
+        head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
+    )
+    grid = (-(-t // tile.tokens) * b * hk,)
+    with launch.on_device(q):
+        launch.launchable(depth_backward_kernel, slots.traced)[grid](
+            q,
+            out,
+            grad_out,
+            sequence_grad_query,
+            grad_query,
+            lse,
+            slots.key,
+            slots.value,
+            slots.table,
+            grad_key,
+            grad_value,
+            slots.count,
+            t,
+            hk,
+            scale,
+            *q.stride()[:3],
+            *out.stride()[:3],
+            *grad_out.stride()[:3],
+            *sequence_grad_query.stride()[:3],
+            *grad_query.stride()[:3],
+            *lse.stride(),
+            *slots.key_strides,
+            *slots.value_strides,
+            *grad_key.stride(),
+            GROUP=group,
+            PADDED_GROUP=configs.padded(group),
+            HEAD_DIM=d,
+            PADDED_DIM=configs.padded(d),
+            TOKENS=tile.tokens,
+            SLOTS=tile.slots,
+            COLUMNS=tiles.TABLE_COLUMNS,
+            TABLE=slots.is_table,
+            UNIFORM=slots.is_uniform,
+            ACCUMULATE=accumulate,
+            ALIGN=launch.alignment(q, out, grad_out, sequence_grad_query, grad_query),
+            SLOT_ALIGN=slots.align,
+            GRAD_ALIGN=launch.alignment(grad_key, grad_value),
+            EMULATED=launch.EMULATED,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return grad_query

@@ -1,0 +1,254 @@
+"""Forward of the depth part: merge a token's depth slots into its sequence attention.
+
+Source: arXiv 2603.15619, section 3 (one joint softmax over the sequence and the depth slots). The
+sequence part arrives normalised, with the log-sum-exp of its scores, so it enters the online
+softmax as one more key: score lse_seq, value out_seq. A program handles TOKENS tokens of one
+(batch, key/value head) and all query heads that share it, so every slot is read exactly once.
+"""
+
+# The arguments of Triton functions have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moda_compile.kernels import configs, launch, slot_table, tiles
+from moda_compile.kernels.tiles import batched_dot, head_rows, slot_rows
+
+
+@triton.jit
+def depth_forward_kernel(
+    query,
+    sequence_out,
+    sequence_lse,
+    out,
+    lse,
+    key,
+    value,
+    table,
+    slots,
+    tokens,
+    kv_heads,
+    scale,
+    query_stride_batch,
+    query_stride_head,
+    query_stride_token,
+    sequence_stride_batch,
+    sequence_stride_head,
+    sequence_stride_token,
+    sequence_lse_stride_batch,
+    sequence_lse_stride_head,
+    sequence_lse_stride_token,
+    out_stride_batch,
+    out_stride_head,
+    out_stride_token,
+    lse_stride_batch,
+    lse_stride_head,
+    lse_stride_token,
+    key_stride_slot,
+    key_stride_batch,
+    key_stride_head,
+    key_stride_token,
+    value_stride_slot,
+    value_stride_batch,
+    value_stride_head,
+    value_stride_token,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SLOT_ALIGN: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Write out and lse of the joint softmax; shapes as in `run_list`, strides in elements."""
+    LN2: tl.constexpr = 0.6931471805599453
+    LOG2E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(tokens, TOKENS)
+    program = tl.program_id(0)
+    pair = program // blocks
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
+    token = ((program % blocks) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    member = tl.arange(0, PADDED_GROUP)
+    head = kv_head * GROUP + member
+    dim = tl.arange(0, PADDED_DIM)
+    scale_log2 = tl.cast(scale, tl.float32) * LOG2E
+
+    token_live = token < tokens
+    dim_live = dim < HEAD_DIM
+    head_live = token_live[:, None] & (member < GROUP)[None, :]
+    tile_live = head_live[:, None, :] & dim_live[None, :, None]
+
+    query_rows = head_rows(
+        query,
+        batch,
+        head,
+        token,
+        query_stride_batch,
+        query_stride_head,
+        query_stride_token,
+        ALIGN,
+    )
+    q = tl.load(query_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
+    sequence_rows = head_rows(
+        sequence_out,
+        batch,
+        head,
+        token,
+        sequence_stride_batch,
+        sequence_stride_head,
+        sequence_stride_token,
+        ALIGN,
+    )
+    total = tl.load(sequence_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
+    total = total.to(tl.float32)
+    lse_rows = (
+        sequence_lse
+        + batch * sequence_lse_stride_batch
+        + head[None, :] * sequence_lse_stride_head
+        + token[:, None] * sequence_lse_stride_token
+    )
+    # Online softmax in base 2: running maximum, sum of 2^(z - maximum), and weighted values.
+    # The sequence part is the first element: z = lse_seq, weight 1, value out_seq.
+    maximum = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
+    weight = tl.full([TOKENS, PADDED_GROUP], 1.0, tl.float32)
+
+    for first in range(0, slots, SLOTS):
+        slot = (first + tl.arange(0, SLOTS)).to(tl.int64)
+        slot_live = slot < slots
+        load_live = (token_live[:, None] & slot_live[None, :])[:, :, None] & dim_live[None, None, :]
+        key_rows = slot_rows(
+            key,
+            table,
+            slot,
+            slot_live,
+            batch,
+            kv_head,
+            token,
+            key_stride_slot,
+            key_stride_batch,
+            key_stride_head,
+            key_stride_token,
+            0,
+            COLUMNS,
+            TABLE,
+            UNIFORM,
+            SLOT_ALIGN,
+        )
+        k = tl.load(key_rows[:, :, None] + dim[None, None, :], mask=load_live, other=0.0)
+        value_rows = slot_rows(
+            value,
+            table,
+            slot,
+            slot_live,
+            batch,
+            kv_head,
+            token,
+            value_stride_slot,
+            value_stride_batch,
+            value_stride_head,
+            value_stride_token,
+            4,
+            COLUMNS,
+            TABLE,
+            UNIFORM,
+            SLOT_ALIGN,
+        )
+        v = tl.load(value_rows[:, :, None] + dim[None, None, :], mask=load_live, other=0.0)
+        z = batched_dot(k, q, EMULATED) * scale_log2  # [token, slot, head]
+        z = tl.where(slot_live[None, :, None], z, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(z, 1))
+        shrink = tl.exp2(maximum - new_maximum)
+        p = tl.exp2(z - new_maximum[:, None, :])
+        weight = weight * shrink + tl.sum(p, 1)
+        total = total * shrink[:, None, :]
+        total += batched_dot(tl.permute(v, (0, 2, 1)), p.to(v.dtype), EMULATED)
+        maximum = new_maximum
+
+    total = total / weight[:, None, :]
+    out_rows = head_rows(
+        out, batch, head, token, out_stride_batch, out_stride_head, out_stride_token, ALIGN
+    )
+    tl.store(
+        out_rows[:, None, :] + dim[None, :, None], total.to(out.dtype.element_ty), mask=tile_live
+    )
+    joint_rows = (
+        lse
+        + batch * lse_stride_batch
+        + head[None, :] * lse_stride_head
+        + token[:, None] * lse_stride_token
+    )
+    tl.store(joint_rows, (maximum + tl.log2(weight)) * LN2, mask=head_live)
+
+
+def run(
+    q: Tensor, sequence_out: Tensor, sequence_lse: Tensor, slots: slot_table.Slots, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Merge the depth slots into a partial attention result.
+
+    Args:
+        q: queries [B, Hq, T, d], last stride 1.
+        sequence_out: normalised sequence part [B, Hq, T, d], last stride 1.
+        sequence_lse: log-sum-exp of its scores [B, Hq, T], natural log, float32.
+        slots: the depth slots, stacked or as a table (see `slot_table`).
+        scale: factor of every score.
+
+    Returns:
+        out [B, Hq, T, d] in [B, T, Hq, d] memory order and lse [B, Hq, T], float32, natural log.
+    """
+    b, hq, t, d = q.shape
+    hk = slots.kv_heads
+    group = hq // hk
+    out = launch.token_major_empty(q, q.shape)
+    lse = q.new_empty((b, hq, t), dtype=torch.float32)
+    tile = configs.forward_tile(
+        head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
+    )
+    grid = (-(-t // tile.tokens) * b * hk,)
+    with launch.on_device(q):
+        launch.launchable(depth_forward_kernel, slots.traced)[grid](
+            q,
+            sequence_out,
+            sequence_lse,
+            out,
+            lse,
+            slots.key,
+            slots.value,
+            slots.table,
+            slots.count,
+            t,
+            hk,
+            scale,
+            *q.stride()[:3],
+            *sequence_out.stride()[:3],
+            *sequence_lse.stride(),
+            *out.stride()[:3],
+            *lse.stride(),
+            *slots.key_strides,
+            *slots.value_strides,
+            GROUP=group,
+            PADDED_GROUP=configs.padded(group),
+            HEAD_DIM=d,
+            PADDED_DIM=configs.padded(d),
+            TOKENS=tile.tokens,
+            SLOTS=tile.slots,
+            COLUMNS=tiles.TABLE_COLUMNS,
+            TABLE=slots.is_table,
+            UNIFORM=slots.is_uniform,
+            ALIGN=launch.alignment(q, sequence_out, out),
+            SLOT_ALIGN=slots.align,
+            EMULATED=launch.EMULATED,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out, lse

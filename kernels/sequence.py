@@ -1,0 +1,199 @@
+"""The sequence part: the platform's own attention, by the ATen operators that return the lse.
+
+The same operators' backward, handed the JOINT out and lse of sequence and depth, returns the exact
+gradients of the sequence part: they use out and lse only as delta = do . o and p = exp(z - lse).
+Every function takes q [B, Hq, T, d] and k, v [B, Hk, T, d], Hq a multiple of Hk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moda_compile.kernels import launch
+
+_aten = torch.ops.aten
+_ROW_ELEMENTS = 8  # the fused kernels take head dims that are multiples of this
+_LSE_TILE = 32  # efficient attention rounds the length of its lse up to a multiple of this
+
+
+def forward(
+    name: str, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over the sequence alone.
+
+    Args:
+        name: "cudnn", "flash", "efficient" or "math".
+        is_causal: token t attends to tokens u <= t. scale: factor of every score.
+
+    Returns:
+        out [B, Hq, T, d] (last stride 1, otherwise any layout) and lse [B, Hq, T], natural log.
+    """
+    if name == "math":
+        return _math_forward(q, k, v, is_causal, scale)
+    b, hq, t, d = q.shape
+    # Zero columns add nothing to a score and only zeros to the output: padding is exact, because
+    # the scale is given and not derived from the padded head_dim.
+    q, k, v = (_operand(x) for x in (q, k, v))
+    if name == "cudnn":
+        result = _aten._scaled_dot_product_cudnn_attention.default(
+            q, k, v, None, True, 0.0, is_causal, False, scale=scale
+        )
+    elif name == "flash":
+        result = _aten._scaled_dot_product_flash_attention.default(
+            q, k, v, 0.0, is_causal, False, scale=scale
+        )
+    elif name == "efficient":
+        k, v = _repeat_heads(k, hq), _repeat_heads(v, hq)
+        result = _aten._scaled_dot_product_efficient_attention.default(
+            q, k, v, None, True, 0.0, is_causal, scale=scale
+        )
+    else:
+        raise ValueError(f"no such attention: {name!r}")
+    out, lse = result[0], result[1]
+    if name == "efficient":  # its lse is longer than T
+        lse = lse.narrow(-1, 0, t)
+    return _columns(out, d), lse.reshape(b, hq, t)  # cuDNN's lse is [B, Hq, T, 1]
+
+
+def backward(
+    name: str,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequence part's gradients, given the joint out and lse.
+
+    Args:
+        grad_out: gradient of out [B, Hq, T, d]; out, lse: of the joint softmax, lse [B, Hq, T].
+
+    Returns:
+        dq [B, Hq, T, d], dk, dv [B, Hk, T, d]: last stride 1, otherwise any layout.
+    """
+    if name == "math":
+        return _math_backward(grad_out, q, k, v, out, lse, is_causal, scale)
+    t, d, hq, hk = q.shape[2], q.shape[3], q.shape[1], k.shape[1]
+    grad_out, q, k, v, out = (_operand(x) for x in (grad_out, q, k, v, out))
+    # With dropout 0 no kernel reads the random state; the arguments are there to be filled.
+    seed = offset = q.new_zeros((), dtype=torch.int64)
+    if name == "cudnn":
+        # torch keeps cuDNN's backward graphs by the strides of q, k and v alone, built for an out
+        # in q's own order of dimensions, as cuDNN's forward returns it. A plain model's graph in
+        # the same process is thus ours too, and read a differently ordered out as garbage.
+        out, grad_out = (launch.token_major(x) for x in (out, grad_out))
+        q = q if _is_token_major(q) else launch.token_major(q)
+        dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward.default(
+            grad_out, q, k, v, out, lse.unsqueeze(-1), seed, offset,
+            None, None, None, t, t, 0.0, is_causal, scale=scale,
+        )  # fmt: skip
+    elif name == "flash":
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward.default(
+            grad_out, q, k, v, out, lse,
+            None, None, t, t, 0.0, is_causal, seed, offset, scale=scale,
+        )  # fmt: skip
+    elif name == "efficient":
+        # A padded row weighs exp(z - inf) = 0. out must be token-major: the kernel derives its
+        # token stride from the shape.
+        rest = lse.new_full((*lse.shape[:2], -t % _LSE_TILE), float("inf"))
+        padded = torch.cat((lse, rest), -1)
+        dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward.default(
+            grad_out, q, _repeat_heads(k, hq), _repeat_heads(v, hq), None, launch.token_major(out),
+            padded, seed, offset, 0.0, [True, True, True, False], is_causal, scale=scale,
+        )  # fmt: skip
+        dk, dv = _sum_heads(dk, hk), _sum_heads(dv, hk)
+    else:
+        raise ValueError(f"no such attention: {name!r}")
+    return _columns(dq, d), _columns(dk, d), _columns(dv, d)
+
+
+def _operand(x: Tensor) -> Tensor:
+    """x as the fused kernels take it: rows of a multiple of 8 elements, on 16-byte boundaries.
+
+    They load 16 bytes at once and trust their input: a slice that starts at an odd element would be
+    an illegal access, not an error message.
+    """
+    if x.shape[-1] % _ROW_ELEMENTS:
+        x = launch.token_major(F.pad(x, (0, -x.shape[-1] % _ROW_ELEMENTS)))
+    if x.stride(-1) != 1 or launch.alignment(x) != 16:
+        x = x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return x
+
+
+def _is_token_major(x: Tensor) -> bool:
+    """Whether heads of a token lie closer together than tokens of a head, as in [B, T, H, d]."""
+    b, h, t, _ = x.shape
+    inner = h == 1 or t == 1 or x.stride(1) < x.stride(2)
+    return bool(inner and (b == 1 or max(x.stride(1), x.stride(2)) < x.stride(0)))
+
+
+def _columns(x: Tensor, head_dim: int) -> Tensor:
+    """x without the columns that `_operand` added."""
+    return x if x.shape[-1] == head_dim else x.narrow(-1, 0, head_dim)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, Hk, T, d] with every head repeated for its group: [B, heads, T, d], token-major."""
+    b, hk, t, d = x.shape
+    if hk == heads:
+        return x
+    rows = x.transpose(1, 2).unsqueeze(3).expand(b, t, hk, heads // hk, d)
+    return rows.reshape(b, t, heads, d).transpose(1, 2)
+
+
+def _sum_heads(x: Tensor, heads: int) -> Tensor:
+    """The transpose of `_repeat_heads`, summed in float32 where x is 16 bits wide."""
+    b, hq, t, d = x.shape
+    if hq == heads:
+        return x
+    grouped = x.reshape(b, heads, hq // heads, t, d)
+    return grouped.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def _math_scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Grouped queries [B, Hk, G, T, d] and scores [B, Hk, G, T, T], at least in float32."""
+    b, hq, t, d = q.shape
+    hk = k.shape[1]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    query = q.to(compute).reshape(b, hk, hq // hk, t, d)
+    z = query @ k.to(compute).unsqueeze(2).mT * scale
+    if is_causal:
+        future = torch.ones((t, t), dtype=torch.bool, device=q.device).triu(1)
+        z = z.masked_fill(future, float("-inf"))
+    return query, z
+
+
+def _math_forward(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    query, z = _math_scores(q, k, is_causal, scale)
+    lse = z.logsumexp(-1)
+    out = (z - lse.unsqueeze(-1)).exp() @ v.to(query.dtype).unsqueeze(2)
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:3])
+
+
+def _math_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, z = _math_scores(q, k, is_causal, scale)
+    grouped = query.shape
+    p = (z - lse.to(z.dtype).reshape(grouped[:4]).unsqueeze(-1)).exp()
+    grad = grad_out.to(z.dtype).reshape(grouped)
+    delta = (grad * out.to(z.dtype).reshape(grouped)).sum(-1, keepdim=True)
+    dz = p * (grad @ v.to(z.dtype).unsqueeze(2).mT - delta) * scale
+    dq = (dz @ k.to(z.dtype).unsqueeze(2)).reshape(q.shape)
+    dk, dv = (dz.mT @ query).sum(2), (p.mT @ grad).sum(2)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -1,0 +1,89 @@
+"""The public op: one attention over a sequence and depth slots."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moda_compile.errors import InputError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def moda_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth_k: Tensor,
+    depth_v: Tensor,
+    *,
+    is_causal: bool,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend to the sequence and, at the same token, to the depth slots, under one softmax.
+
+    For query head h with KV head j = h // (Hq / Hk) (paper arXiv 2603.15619, section 3)::
+
+        z_seq[u]   = scale * q[t,h] . k[u,j]               u <= t if is_causal
+        z_depth[i] = scale * q[t,h] . depth_k[i,t,j]       i in 0 .. S-1
+        p          = softmax(concat(z_seq, z_depth))
+        out[t,h]   = sum_u p_seq[u] v[u,j] + sum_i p_depth[i] depth_v[i,t,j]
+
+    Args:
+        q: queries [B, Hq, T, d] of float16, bfloat16, float32 or float64.
+        k, v: keys and values [B, Hk, T, d]; Hq must be a multiple of Hk.
+        depth_k, depth_v: depth keys and values [S, B, Hk, T, d], any strides; S may be 0, which
+            is plain attention.
+        is_causal: whether token t attends to tokens u <= t only.
+        scale: factor of every score; ``None`` means 1 / sqrt(d).
+        return_lse: also return the log-sum-exp of all scores of a row.
+
+    Returns:
+        out [B, Hq, T, d]; with ``return_lse`` also lse [B, Hq, T], natural logarithm, float32
+        (float64 for float64 inputs), not differentiable. NaN in a row's inputs gives NaN there.
+
+    Raises:
+        InputError: if shapes, dtypes or devices don't fit.
+    """
+    _check(q, k, v, depth_k, depth_v)
+    factor = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    from moda_compile import stacked  # registers a triton_op, which loads Triton
+
+    out, lse = stacked.attention(q, k, v, depth_k, depth_v, bool(is_causal), factor)
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor) -> None:
+    named = {"q": q, "k": k, "v": v, "depth_k": depth_k, "depth_v": depth_v}
+    for name, x in named.items():
+        rank = 5 if name.startswith("depth") else 4
+        if not isinstance(x, Tensor) or x.dim() != rank:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            axes = "[S, B, Hk, T, d]" if rank == 5 else "[B, H, T, d]"
+            raise InputError(f"{name}: got {got}, expected a tensor {axes}.")
+        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+            raise InputError(
+                f"{name}: got {x.dtype} beside q's {q.dtype}; expected one dtype for all five, "
+                f"out of {', '.join(str(d) for d in _DTYPES)}. Cast with .to(dtype)."
+            )
+        if x.device != q.device:
+            raise InputError(f"{name}: on {x.device}, but q is on {q.device}; move it with .to().")
+    b, hq, t, d = q.shape
+    hk = k.shape[1]
+    if k.shape != (b, hk, t, d) or v.shape != k.shape:
+        raise InputError(
+            f"k, v: got {tuple(k.shape)} and {tuple(v.shape)}, expected both [B, Hk, T, d] = "
+            f"[{b}, Hk, {t}, {d}] as q is {tuple(q.shape)}."
+        )
+    if hq == 0 or hk == 0 or hq % hk:
+        raise InputError(f"q has {hq} heads, which is not a multiple of the {hk} KV heads.")
+    if d == 0:
+        raise InputError("q has head_dim 0, expected at least 1.")
+    if depth_k.shape[1:] != k.shape or depth_v.shape != depth_k.shape:
+        raise InputError(
+            f"depth_k, depth_v: got {tuple(depth_k.shape)} and {tuple(depth_v.shape)}, expected "
+            f"both [S, B, Hk, T, d] = [S, {b}, {hk}, {t}, {d}]."
+        )

@@ -1,0 +1,182 @@
+"""The torch.compile backend: rewrite the graph Dynamo made, then hand it on to a compiler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from moda_compile import fx, pipeline
+from moda_compile.config import MoDAConfig
+from moda_compile.errors import InputError, RewriteError
+from moda_compile.plan import Plan
+
+Compiler = Literal["inductor", "aot_eager", "eager"]
+_DDP = "DDP's optimizer cuts the model into one graph per gradient bucket"
+_DDP_FIX = "set torch._dynamo.config.optimize_ddp=False, or wrap DDP around a converted model."
+_RESUMED = "torch_dynamo_resume_in"  # Dynamo's name for what follows a graph break
+
+
+class Backend:
+    """A backend for ``torch.compile`` that turns the attentions of each graph into MoDA.
+
+    Args:
+        config: the options. ``ffn_kv="projected"`` needs new parameters, which only
+            :func:`moda_compile.convert` can add.
+        compiler: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        strict: whether an attention that can't be rewritten is an error.
+        attentions: how many attentions the whole stack has. Needed where graph breaks in front of
+            or behind the stack are to be tolerated: with none given, a graph that begins or ends
+            in a graph break is refused, as is one with a single attention, because then part of
+            the stack may be elsewhere.
+
+    Raises:
+        InputError: for an unknown compiler.
+        RewriteError: when called, for what can't be rewritten.
+    """
+
+    def __init__(
+        self,
+        config: MoDAConfig | None = None,
+        *,
+        compiler: Compiler = "inductor",
+        strict: bool = True,
+        attentions: int | None = None,
+    ) -> None:
+        if compiler not in get_args(Compiler):
+            raise InputError(f"compiler: got {compiler!r}, expected one of {get_args(Compiler)}.")
+        self.config = MoDAConfig() if config is None else config
+        if not isinstance(self.config, MoDAConfig):
+            raise InputError(f"config: got {type(config).__name__}, expected a MoDAConfig.")
+        self.compiler, self.strict, self.attentions = compiler, strict, attentions
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Rewrite ``gm`` in place and compile it; ``mode`` and ``options`` go to Inductor."""
+        try:
+            plan = pipeline.transform(gm, self.config, strict=self.strict)
+        except RewriteError as error:
+            if _split_by_ddp():  # parameters are no Parameters there: the reason would mislead
+                raise RewriteError(
+                    f"{_DDP}, which depth KV can't cross.",
+                    fix=_DDP_FIX,
+                    block=error.block,
+                    source=error.source,
+                ) from error
+            raise
+        if plan.attentions and not plan.marks and plan.config.depth:
+            self._check_whole(gm, plan)
+        if self.compiler == "eager":
+            return gm.forward
+        if self.compiler == "aot_eager":
+            aot = torch._dynamo.lookup_backend("aot_eager")
+            return aot(gm, list(example_inputs))
+        return _inductor(gm, example_inputs, mode, options)
+
+    def _check_whole(self, gm: GraphModule, plan: Plan) -> None:
+        """Without marks the graph does not say how long the stack is: take no risk."""
+        if self.attentions is not None:
+            pipeline.check_whole(plan, self.attentions)
+            return
+        why = _why_partial(gm, len(plan.attentions))
+        if why is not None:
+            node = plan.attentions[-1].node
+            raise RewriteError(
+                f"{why}, so part of the stack may be in another graph, which depth KV can't reach.",
+                fix="use moda_compile.convert(model), or remove the graph break (fullgraph=True "
+                "shows it), or state the length: Backend(config, attentions=...).",
+                block=fx.module_path(node),
+                source=fx.source_line(node),
+            )
+
+
+def moda_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """``torch.compile(model, backend="moda_compile")``: attention slots only, through Inductor.
+
+    The package's entry point in the group ``torch_dynamo_backends``.
+    """
+    return Backend()(gm, example_inputs, **kwargs)
+
+
+def _why_partial(gm: GraphModule, count: int) -> str | None:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    if count == 1:
+        return "this graph holds a single attention"
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        return f"this graph ends in a graph break ({reason.reason.splitlines()[0]})"
+    try:
+        name = InstructionTranslator.current_tx().f_code.co_name
+    except AttributeError:  # called by hand, not by Dynamo
+        name = ""
+    if name.startswith(_RESUMED):
+        return "this graph begins behind a graph break"
+    return _DDP if _split_by_ddp() else None
+
+
+def _split_by_ddp() -> bool:
+    from torch.nn.parallel import DistributedDataParallel
+
+    splits = torch._dynamo.config.optimize_ddp in (True, "ddp_optimizer")
+    distributed = torch.distributed.is_available()
+    return bool(splits and distributed and DistributedDataParallel._get_active_ddp_module())
+
+
+def _inductor(
+    gm: GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    own = patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+    patches["joint_custom_pre_pass"] = _stamp(own)
+    # Donated buffers let backward overwrite what forward saved, and forbid retain_graph=True.
+    with torch._functorch.config.patch(donated_buffer=False):
+        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash over this library's source files."""
+    from torch._inductor.custom_graph_pass import get_hash_for_files
+
+    root = Path(__file__).resolve().parent
+    beside = [root / name for name in ("kernels", "patterns")]
+    folders = [root, *(f if f.is_dir() else root.parent / f.name for f in beside)]
+    files = sorted({str(p) for folder in folders for p in folder.rglob("*.py")})
+    return get_hash_for_files(tuple(files)).hex()
+
+
+def _stamp(own: Any) -> Any:
+    """A pass that changes nothing, and whose identity is this library's source.
+
+    An operator's backward formula is not in the key of AOTAutograd's cache, so without it an
+    upgrade of the library could hit an entry that holds the old gradient. Passes of the user's
+    (``own``) run, and count, as before.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Stamp(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            for custom in own if isinstance(own, (list, tuple)) else [own]:
+                if custom is not None:
+                    custom(graph)
+
+        def uuid(self) -> Any:
+            passes = own if isinstance(own, (list, tuple)) else [own]
+            ids = [p.uuid() if hasattr(p, "uuid") else None for p in passes if p is not None]
+            return None if None in ids else (source_hash(), *map(str, ids))
+
+    return Stamp()
