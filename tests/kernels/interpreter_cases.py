@@ -1,0 +1,206 @@
+"""Run the Triton kernels in Triton's interpreter and print their errors, one JSON line a case.
+
+A script, not a test: TRITON_INTERPRET must be set before Triton is imported, and pytest's own
+process has it imported (and needs it uninterpreted) for the tracing tests. Run by
+test_interpreter.py; by hand: TRITON_INTERPRET=1 python tests/kernels/interpreter_cases.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moda_compile.kernels import split  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NAMES = ("out", "lse", "dq", "dk", "dv", "d_depth_k", "d_depth_v")
+
+
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition (arXiv 2603.15619, section 3): one softmax over the concatenated scores.
+
+    q [B, Hq, T, d]; k, v [B, Hk, T, d]; depth_k, depth_v [S, B, Hk, T, d]. In the dtype of q.
+    """
+    group, t = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    depth_k, depth_v = depth_k.repeat_interleave(group, 2), depth_v.repeat_interleave(group, 2)
+    z_seq = torch.einsum("bhtd,bhud->bhtu", q, k) * scale
+    if causal:
+        z_seq = z_seq.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -math.inf)
+    z_depth = torch.einsum("bhtd,sbhtd->bhts", q, depth_k) * scale
+    z = torch.cat([z_seq, z_depth], -1)
+    p = z.softmax(-1)
+    out = torch.einsum("bhtu,bhud->bhtd", p[..., :t], v)
+    out = out + torch.einsum("bhts,sbhtd->bhtd", p[..., t:], depth_v)
+    return out, z.logsumexp(-1)
+
+
+def relative(x: Tensor, reference: Tensor) -> float:
+    """||x - reference|| / ||reference||; NaN stays NaN, and nothing of nothing is 0."""
+    if reference.numel() == 0:
+        return 0.0
+    return ((x.double() - reference).norm() / reference.norm()).item()
+
+
+def strided(shape: Sequence[int], layout: str, dtype: torch.dtype, draw: Any) -> Tensor:
+    """A random tensor [B, H, T, d] that lies in memory as `layout` says."""
+    b, h, t, d = shape
+    if layout == "head_major":
+        return draw(b, h, t, d).to(dtype)
+    if layout == "token_major":
+        return draw(b, t, h, d).to(dtype).transpose(1, 2)
+    if layout == "slice":  # of a fused projection
+        return draw(b, t, 3, h, d).to(dtype)[:, :, 1].transpose(1, 2)
+    if layout == "odd_offset":  # rows that start on no boundary wider than an element
+        return draw(b * t * h * d + 1).to(dtype)[1:].view(b, t, h, d).transpose(1, 2)
+    if layout == "dim_major":  # last stride not 1
+        return draw(b, h, d, t).to(dtype).mT
+    raise ValueError(layout)
+
+
+LAYOUTS = ("token_major", "slice", "head_major", "odd_offset", "dim_major")
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    """Every value of every parameter occurs with several of the others; sizes are odd and small."""
+    base = dict(b=1, hk=2, t=5, d=16, g=2, s=5, causal=True, layout="token_major", mixed=False)
+    grid = itertools.product(("list", "stacked"), DTYPES)
+    for mode, dtype in grid:
+        accumulators = ("fp32", dtype) if mode == "list" and dtype != "fp32" else ("fp32",)
+        for acc in accumulators:
+            yield base | dict(mode=mode, dtype=dtype, acc=acc)
+    for mode in ("list", "stacked"):
+        low = dict(mode=mode, dtype="bf16", acc="fp32")
+        for d in (1, 5, 40, 64, 76, 80, 128):
+            yield base | low | dict(d=d, t=3)
+        for g in (1, 3, 8, 20):
+            yield base | low | dict(g=g, b=2, hk=1)
+        for s in (0, 1, 16, 17):
+            yield base | low | dict(s=s, dtype="fp16")
+        yield base | low | dict(t=1)
+        yield base | low | dict(causal=False, b=2)
+        for layout in LAYOUTS[1:]:
+            yield base | low | dict(layout=layout, d=24, b=2, t=3)
+    # Slots that differ in their strides: the table's per-slot strides, several fills.
+    for s, dtype in ((1, "fp32"), (5, "bf16"), (35, "fp16")):
+        yield base | dict(mode="list", dtype=dtype, acc="fp32", s=s, mixed=True, t=3, b=2)
+    yield base | dict(mode="list", dtype="bf16", acc="fp32", s=35, t=3)
+    # Scores far below and above zero: nothing may overflow, in live or in padded slots.
+    for mode in ("list", "stacked"):
+        yield base | dict(mode=mode, dtype="fp32", acc="fp32", shift=40.0)
+        yield base | dict(mode=mode, dtype="fp32", acc="fp32", shift=-40.0)
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Errors of the kernels and of eager low-precision PyTorch against float64, by name."""
+    generator = torch.Generator().manual_seed(0)
+    dtype, acc_dtype = DTYPES[case["dtype"]], DTYPES[case["acc"]]
+    b, hk, t, d, s = (case[x] for x in ("b", "hk", "t", "d", "s"))
+    hq, scale, causal = hk * case["g"], d**-0.5, case["causal"]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    layout = case["layout"]
+    q = strided((b, hq, t, d), layout, dtype, draw)
+    k, v = (strided((b, hk, t, d), layout, dtype, draw) for _ in range(2))
+    if "shift" in case:  # moves every score of a query by about the same amount
+        q = q + 8.0
+        k = k + case["shift"] / (8.0 * d * scale)
+    layouts = itertools.cycle(LAYOUTS) if case["mixed"] else itertools.repeat(layout)
+    slots = [strided((b, hk, t, d), next(layouts), dtype, draw) for _ in range(2 * s)]
+    if "shift" in case:
+        slots = [x + case["shift"] / (8.0 * d * scale) for x in slots[:s]] + slots[s:]
+    depth_k, depth_v = slots[:s], slots[s:]
+    empty = torch.empty(0, b, hk, t, d, dtype=dtype)
+    stack_k = torch.stack(depth_k) if s else empty
+    stack_v = torch.stack(depth_v) if s else empty
+    grad = strided((b, hq, t, d), "head_major", dtype, draw)
+
+    if case["mode"] == "list":
+        # Two rows more than slots, and other contents than zero: += is told from =, and the rows
+        # past the last slot must keep their bits.
+        before = draw(s + 2, 2, b, t, hk, d).to(acc_dtype).transpose(3, 4)
+        if layout == "dim_major":
+            before = draw(s + 2, 2, b, hk, d, t).to(acc_dtype).mT
+        acc = before.clone(memory_format=torch.preserve_format)
+        out, lse = split.forward(q, k, v, depth_k, depth_v, is_causal=causal, scale=scale)
+        dq, dk, dv = split.backward(
+            grad, q, k, v, depth_k, depth_v, out, lse, acc, is_causal=causal, scale=scale
+        )
+        untouched = torch.equal(acc[s:], before[s:])
+        gains = (acc[:s].double(), before[:s].double())
+    else:
+        args = (q, k, v, stack_k, stack_v)
+        out, lse = split.forward_stacked(*args, is_causal=causal, scale=scale)
+        dq, dk, dv, d_depth_k, d_depth_v = split.backward_stacked(
+            grad, *args, out, lse, is_causal=causal, scale=scale
+        )
+        untouched = True
+
+    def reference(compute: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(compute).requires_grad_() for x in (q, k, v, stack_k, stack_v)]
+        exact, exact_lse = oracle(*leaves, causal=causal, scale=scale)
+        grads = torch.autograd.grad(exact, leaves, grad.to(compute))
+        return [exact.detach(), exact_lse.detach(), *grads]
+
+    exact, eager = reference(torch.float64), reference(dtype)
+    if case["mode"] == "list":
+        # Compare the sums: what a float32 or 16-bit accumulator can hold of before + gradient.
+        after, start = gains
+        got = [out, lse, dq, dk, dv, after[:, 0], after[:, 1]]
+        exact[5], exact[6] = exact[5] + start[:, 0], exact[6] + start[:, 1]
+        eager[5], eager[6] = eager[5].double() + start[:, 0], eager[6].double() + start[:, 1]
+    else:
+        got = [out, lse, dq, dk, dv, d_depth_k, d_depth_v]
+    token_major = all(x.transpose(1, 2).is_contiguous() for x in (out, dq, dk, dv))
+    return {
+        "error": {n: relative(x, y) for n, x, y in zip(NAMES, got, exact, strict=True)},
+        "eager": {n: relative(x, y) for n, x, y in zip(NAMES, eager, exact, strict=True)},
+        "untouched": untouched,
+        "token_major": token_major,
+        "dtypes": [str(x.dtype) for x in (out, lse, dq, dk, dv)],
+    }
+
+
+def poison_new_memory() -> None:
+    """Fill what the kernels allocate with NaN: an element that is never written shows."""
+    original: Callable[..., Tensor] = Tensor.new_empty
+
+    def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        fresh = original(self, *args, **kwargs)
+        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
+
+    Tensor.new_empty = new_empty  # type: ignore[assignment, method-assign]
+
+
+def main() -> None:
+    """Print {"case": ..., "result": ...} or {"case": ..., "traceback": ...} for every case."""
+    torch.set_num_threads(1)
+    poison_new_memory()
+    for case in cases():
+        line: dict[str, Any] = {"case": case}
+        try:
+            line["result"] = run(case)
+        except Exception:
+            line["traceback"] = traceback.format_exc()[-2000:]
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Every example runs from the command line, in its quick form."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def run_example(name: str, *arguments: str | Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_train_shakespeare(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "demo.png"
+    out = run_example("train_shakespeare.py", "--quick", "--device", "cpu", "--out", picture)
+    for variant in ("plain", "none", "projected"):
+        assert re.search(rf"^{variant} +\d\.\d+ ± ", out, flags=re.MULTILINE)
+    differences = re.findall(r"compiled and eager logits differ by at most (\S+)", out)
+    assert len(differences) == 2
+    # Logits are of order 1 and both sides compute in float32 (eps 1.2e-7) through two layers of a
+    # few hundred additions each; another function differs in the third digit.
+    assert all(float(difference) < 2e-5 for difference in differences)
+    assert "After 4 steps, ffn_kv='none' ended" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_convert_pretrained():
+    pytest.importorskip("transformers")
+    out = run_example("convert_pretrained.py", "--quick", "--device", "cpu")
+    losses = re.findall(
+        r"^  (before conversion|converted.*?|plain.*?) +(\d+\.\d+)$", out, re.MULTILINE
+    )
+    assert [name for name, _ in losses] == [
+        "before conversion",
+        "converted, untrained",
+        "converted, 2 steps",
+        "plain, 2 steps",
+    ]
+    # The rewrite is not a no-op.
+    assert losses[0][1] != losses[1][1]
