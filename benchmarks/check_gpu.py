@@ -1,0 +1,366 @@
+"""Check every GPU kernel against a float64 oracle on this machine's GPU.
+
+    python benchmarks/check_gpu.py [--only TEXT]
+
+One row a case: relative errors ||x - exact|| / ||exact|| of out, lse and every gradient, beside
+the worst allowed one. Exits with 1 if a case fails. About a minute and a half, mostly compiling.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from torch import Tensor
+
+from moda_compile.kernels import Lowering, choose, split
+from moda_compile.kernels import sequence as sequence_kernels
+
+DEVICE = "cuda"
+NAMES = ("out", "lse", "dq", "dk", "dv", "dK", "dV")
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# A 16-bit result may be off by one rounding more than eager's: p and dz are rounded for the
+# products. float32 gets what a few dozen reordered additions cost.
+BUDGET = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 64 * 2.0**-24, FP64: 64 * 2.0**-53}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of the operator, forward and backward."""
+
+    sequence: str = ""  # empty: what `choose` says
+    mode: str = "list"
+    dtype: torch.dtype = BF16
+    accumulator: torch.dtype = FP32
+    b: int = 2
+    t: int = 257
+    hk: int = 2
+    g: int = 8
+    d: int = 64
+    s: int = 17
+    causal: bool = True
+    layout: str = "token_major"
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        shape = f"B{self.b} T{self.t} Hk{self.hk} G{self.g} d{self.d} S{self.s}"
+        accumulator = str(self.accumulator).removeprefix("torch.") if self.mode == "list" else "-"
+        causal = "" if self.causal else " full"
+        return f"{self.mode:7} {kind:8} acc {accumulator:8} {shape} {self.layout}{causal}"
+
+
+def cases() -> Iterator[Case]:
+    """Every backend, mode, dtype; head dims, groups, slot counts, layouts."""
+    base = Case()
+    for sequence, mode in itertools.product(
+        ("cudnn", "flash", "efficient", "math"), ("list", "stacked")
+    ):
+        yield replace(base, sequence=sequence, mode=mode)
+        yield replace(base, sequence=sequence, mode=mode, dtype=FP16, causal=False)
+    for sequence in ("cudnn", "flash", "efficient"):
+        for layout in ("slice", "head_major", "odd_offset", "dim_major"):
+            yield replace(base, sequence=sequence, layout=layout)
+        yield replace(base, sequence=sequence, d=76, g=1, hk=3, s=5)
+        yield replace(base, sequence=sequence, d=128, g=2, t=130)
+        yield replace(base, sequence=sequence, s=0)
+        yield replace(base, sequence=sequence, s=0, mode="stacked", layout="head_major")
+    yield replace(base, accumulator=BF16)
+    for mode in ("list", "stacked"):
+        for s in (1, 16, 64):
+            yield replace(base, mode=mode, s=s)
+        yield replace(base, mode=mode, t=1)
+        yield replace(base, mode=mode, t=2)
+        yield replace(base, mode=mode, dtype=FP32)
+        yield replace(base, mode=mode, dtype=FP32, d=128, g=2, t=65)
+        yield replace(base, mode=mode, dtype=FP64, accumulator=FP64, t=33)
+        yield replace(base, mode=mode, layout="mixed", s=35)
+        yield replace(base, mode=mode, d=257, g=2, t=33, s=5)
+    for d, g in ((1, 1), (5, 2), (16, 3), (40, 2), (64, 1), (64, 32), (80, 2), (192, 1), (256, 8)):
+        yield replace(base, d=d, g=g, t=130)
+    yield replace(base, mode="stacked", d=256, g=32, hk=1, t=67, s=5)
+
+
+def tensor(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
+    """A random tensor [B, H, T, d] that lies in memory as `layout` says."""
+    b, h, t, d = shape
+    draw = torch.randn
+    if layout == "head_major":
+        return draw(b, h, t, d, device=DEVICE).to(dtype)
+    if layout == "slice":
+        return draw(b, t, 3, h, d, device=DEVICE).to(dtype)[:, :, 1].transpose(1, 2)
+    if layout == "odd_offset":
+        flat = draw(b * t * h * d + 1, device=DEVICE).to(dtype)
+        return flat[1:].view(b, t, h, d).transpose(1, 2)
+    if layout == "dim_major":
+        return draw(b, h, d, t, device=DEVICE).to(dtype).mT
+    return draw(b, t, h, d, device=DEVICE).to(dtype).transpose(1, 2)
+
+
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition: one softmax over the sequence's and the slots' scores (section 3)."""
+    group, t = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    depth_k, depth_v = depth_k.repeat_interleave(group, 2), depth_v.repeat_interleave(group, 2)
+    z_seq = q @ k.mT * scale
+    if causal:
+        future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        z_seq = z_seq.masked_fill(future, -math.inf)
+    z = torch.cat([z_seq, torch.einsum("bhtd,sbhtd->bhts", q, depth_k) * scale], -1)
+    p = z.softmax(-1)
+    out = p[..., :t] @ v + torch.einsum("bhts,sbhtd->bhtd", p[..., t:], depth_v)
+    return out, z.logsumexp(-1)
+
+
+def relative(x: Tensor, exact: Tensor) -> float:
+    if exact.numel() == 0:
+        return 0.0
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+def check(case: Case) -> tuple[str, dict[str, float], dict[str, float]]:
+    """The sequence kernel that ran, errors and limits by name."""
+    torch.manual_seed(0)
+    hq, scale = case.hk * case.g, case.d**-0.5
+    layouts: Iterator[str] = itertools.repeat(case.layout)
+    if case.layout == "mixed":
+        layouts = itertools.cycle(("token_major", "slice", "head_major", "odd_offset", "dim_major"))
+    kv = (case.b, case.hk, case.t, case.d)
+    q = tensor((case.b, hq, case.t, case.d), case.layout, case.dtype)
+    k, v = (tensor(kv, case.layout, case.dtype) for _ in range(2))
+    depth_k, depth_v = (
+        [tensor(kv, next(layouts), case.dtype) for _ in range(case.s)] for _ in range(2)
+    )
+    empty = torch.empty(0, *kv, device=DEVICE, dtype=case.dtype)
+    stacks = [torch.stack(x) if x else empty for x in (depth_k, depth_v)]
+    if case.layout == "mixed":  # a stack whose slots are the innermost but one dimension
+        stacks = [x.permute(1, 3, 2, 0, 4).contiguous().permute(3, 0, 2, 1, 4) for x in stacks]
+    grad = tensor((case.b, hq, case.t, case.d), "head_major", case.dtype)
+    lowering = choose(device_type="cuda", dtype=case.dtype, head_dim=case.d, tokens=case.t)
+    if case.sequence:
+        lowering = Lowering("split", case.sequence, "forced")
+    options: dict[str, Any] = dict(is_causal=case.causal, scale=scale, lowering=lowering)
+    if case.mode == "list":
+        shape = (case.s + 2, 2, case.b, case.t, case.hk, case.d)
+        acc = torch.randn(shape, device=DEVICE).to(case.accumulator).transpose(3, 4)
+        before = acc.clone()
+        out, lse = split.forward(q, k, v, depth_k, depth_v, **options)
+        dq, dk, dv = split.backward(grad, q, k, v, depth_k, depth_v, out, lse, acc, **options)
+        if not torch.equal(acc[case.s :], before[case.s :]):
+            raise AssertionError("rows past the last slot changed")
+        got = [out, lse, dq, dk, dv, acc[: case.s, 0], acc[: case.s, 1]]
+        start = before[: case.s].double()
+    else:
+        args = (q, k, v, *stacks)
+        out, lse = split.forward_stacked(*args, **options)
+        saved = (grad, *args, out, lse)
+        got = [out, lse, *split.backward_stacked(*saved, **options)]
+        start = torch.zeros(case.s, 2, *kv, device=DEVICE, dtype=FP64)
+
+    def reference(compute: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(compute).requires_grad_() for x in (q, k, v, *stacks)]
+        exact, exact_lse = oracle(*leaves, causal=case.causal, scale=scale)
+        grads = list(torch.autograd.grad(exact, leaves, grad.to(compute)))
+        grads[3:] = [grads[3].double() + start[:, 0], grads[4].double() + start[:, 1]]
+        return [exact.detach(), exact_lse.detach(), *grads]
+
+    exact, eager = reference(FP64), reference(case.dtype)
+    errors = {n: relative(x, y) for n, x, y in zip(NAMES, got, exact, strict=True)}
+    limits = {n: relative(x, y) for n, x, y in zip(NAMES, eager, exact, strict=True)}
+    for name in NAMES:
+        limits[name] += BUDGET[case.dtype]
+    limits["lse"] = BUDGET[FP64 if case.dtype == FP64 else FP32]  # never in 16 bits
+    return lowering.sequence, errors, limits
+
+
+def check_long_offsets() -> str:
+    """Slots more than 2^31 elements apart: the stacked form equals the table form, bit for bit."""
+    t, h, d, s = 65536, 8, 64, 72
+    big = torch.randn(s, 1, t, h, d, device=DEVICE, dtype=BF16).transpose(2, 3)
+    q, k, v, grad = (tensor((1, h, t, d), "token_major", BF16) for _ in range(4))
+    options: dict[str, Any] = dict(is_causal=True, scale=d**-0.5)
+    slots = list(big.unbind(0))
+    out, lse = split.forward_stacked(q, k, v, big, big, **options)
+    assert torch.equal(out, split.forward(q, k, v, slots, slots, **options)[0]), "out differs"
+    dk, dv = split.backward_stacked(grad, q, k, v, big, big, out, lse, **options)[3:]
+    acc = torch.zeros(s, 2, 1, t, h, d, device=DEVICE, dtype=BF16).transpose(3, 4)
+    split.backward(grad, q, k, v, slots, slots, out, lse, acc, **options)
+    assert torch.equal(acc[:, 0], dk) and torch.equal(acc[:, 1], dv), "slot gradients differ"
+    return f"{big.numel() / 2**31:.2f} * 2^31 elements"
+
+
+def check_repeatable() -> str:
+    """The depth gradients have the same bits every time."""
+    q, k, v, grad = (tensor((1, 8, 515, 64), "token_major", BF16) for _ in range(4))
+    slots = [tensor((1, 8, 515, 64), "slice", BF16) for _ in range(20)]
+    options: dict[str, Any] = dict(is_causal=True, scale=0.125)
+    out, lse = split.forward(q, k, v, slots, slots, **options)
+    runs = []
+    for _ in range(5):
+        acc = torch.zeros(20, 2, 1, 8, 515, 64, device=DEVICE)
+        split.backward(grad, q, k, v, slots, slots, out, lse, acc, **options)
+        runs.append(acc)
+    assert all(torch.equal(x, runs[0]) for x in runs), "runs differ"
+    return "5 runs"
+
+
+def check_cuda_graph() -> str:
+    """The table is written on the device: a captured graph replays with new contents."""
+    q, k, v, grad = (tensor((1, 8, 256, 64), "token_major", BF16) for _ in range(4))
+    slots = [tensor((1, 8, 256, 64), "token_major", BF16) for _ in range(20)]
+    acc = torch.zeros(20, 2, 1, 8, 256, 64, device=DEVICE)
+
+    def step() -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = dict(is_causal=True, scale=0.125)
+        out, lse = split.forward(q, k, v, slots, slots, **options)
+        dq, _, _ = split.backward(grad, q, k, v, slots, slots, out, lse, acc, **options)
+        return out, dq
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    for x in (q, *slots):
+        x.copy_(torch.randn_like(x))
+    acc.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    from_graph = [x.clone() for x in (*captured, acc)]
+    acc.zero_()
+    direct = (*step(), acc)
+    for name, x, y in zip(("out", "dq", "slot gradients"), from_graph, direct, strict=True):
+        # The sequence part's dq may be summed in another order: a few roundings, no more.
+        error = relative(x, y.double())
+        assert error < 2.0**-8, f"{name} differs by {error:.1e}"
+    return "capture, replay"
+
+
+def check_compiled() -> str:
+    """Inside torch.compile, as a triton_op: Inductor runs the same kernels."""
+
+    @torch.library.triton_op("moda_check::forward", mutates_args=())
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return split.forward_stacked(q, k, v, depth_k, depth_v, is_causal=True, scale=0.125)
+
+    @torch.library.triton_op("moda_check::backward", mutates_args=())
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        depth_k: Tensor,
+        depth_v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return split.backward_stacked(
+            grad, q, k, v, depth_k, depth_v, out, lse, is_causal=True, scale=0.125
+        )
+
+    def both(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out, lse = forward(*inputs)
+        return (out, lse, *backward(grad, *inputs, out, lse))
+
+    q, grad = (tensor((2, 8, 130, 64), "slice", BF16) for _ in range(2))
+    k, v = (tensor((2, 4, 130, 64), "slice", BF16) for _ in range(2))
+    depth = torch.randn(2, 9, 2, 130, 4, 64, device=DEVICE, dtype=BF16).transpose(3, 4)
+    inputs = (q, k, v, depth[0], depth[1])
+    compiled = torch.compile(both, fullgraph=True, dynamic=False)(grad, *inputs)
+    for name, x, y in zip(NAMES, compiled, both(grad, *inputs), strict=True):
+        error = relative(x, y.double())
+        assert error < 2.0**-8, f"{name} differs by {error:.1e}"
+    return "forward, backward"
+
+
+def check_after_plain() -> str:
+    """A plain model's attention of the same strides, run first, must not change ours."""
+    b, heads, t, d, scale = 8, 4, 128, 32, 32**-0.5
+    worst = 0.0
+    for layout in ("head_major", "token_major"):
+        q, k, v = (tensor((b, heads, t, d), layout, BF16) for _ in range(3))
+        plain = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                plain[0], plain[1], plain[2], is_causal=True
+            )
+        out.backward(torch.randn_like(out))
+        grad = tensor((b, heads, t, d), "token_major", BF16)
+        out, lse = sequence_kernels.forward("cudnn", q, k, v, is_causal=True, scale=scale)
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as our kernels return it
+        ours, exact = (
+            sequence_kernels.backward(name, grad, q, k, v, out, lse, is_causal=True, scale=scale)
+            for name in ("cudnn", "math")
+        )
+        worst = max(worst, *(relative(x, y.double()) for x, y in zip(ours, exact, strict=True)))
+    assert worst < 2.0**-7, f"differs by {worst:.1e}"
+    return f"{worst:.0e}"
+
+
+def guarded(name: str, run: Callable[[], str]) -> bool:
+    """Run a check, print its row, and report whether it passed."""
+    start = time.perf_counter()
+    try:
+        note = run()
+        torch.cuda.synchronize()
+    except Exception:
+        last = "\n        ".join(traceback.format_exc().strip().splitlines()[-6:])
+        print(f"FAIL {name}\n        {last}", flush=True)
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    print(f"ok   {name}: {note} ({time.perf_counter() - start:.1f} s)", flush=True)
+    return True
+
+
+def check_case(case: Case) -> str:
+    sequence, errors, limits = check(case)
+    row = " ".join(f"{n} {errors[n]:.0e}/{limits[n]:.0e}" for n in NAMES)
+    wrong = [n for n in NAMES if not errors[n] <= limits[n]]  # NaN is not <= anything
+    if wrong:
+        raise AssertionError(f"{sequence}: {', '.join(wrong)} too far off: {row}")
+    return f"{sequence:9} {row}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the checks whose row contains this text")
+    only = parser.parse_args().only
+    if not torch.cuda.is_available():
+        sys.exit("check_gpu: no CUDA device.")
+    cudnn = torch.backends.cudnn.version()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"cuDNN {cudnn}; each entry: error / allowed (eager's own error + rounding)")
+    checks: list[tuple[str, Callable[[], str]]] = [
+        (f"{case.sequence or 'chosen':9} {case}", partial(check_case, case)) for case in cases()
+    ]
+    checks += [
+        ("repeatable", check_repeatable),
+        ("CUDA graph", check_cuda_graph),
+        ("64-bit offsets", check_long_offsets),
+        ("torch.compile", check_compiled),
+        ("after plain attention", check_after_plain),
+    ]
+    results = [guarded(name, run) for name, run in checks if only in name]
+    print(f"{results.count(True)} of {len(results)} checks passed")
+    sys.exit(results.count(False) > 0)
+
+
+if __name__ == "__main__":
+    main()
