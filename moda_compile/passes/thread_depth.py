@@ -10,13 +10,19 @@ from torch.fx import GraphModule, Node
 
 from moda_compile import fx
 from moda_compile.patterns import ffn as ffn_pattern
-from moda_compile.patterns import projection
+from moda_compile.patterns import projection, tokens
 from moda_compile.patterns.row import Refused
 from moda_compile.plan import Plan, Slot
 
 _STACK = Refused(
     "the attentions do not form one stack: this one's queries do not depend on all earlier ones.",
     "convert each stack (tower) as a module of its own.",
+)
+
+_REARRANGED = Refused(
+    "tokens are rearranged between the attention before and this one (shifted windows, rows and "
+    "columns, a gather): a slot would belong to another token.",
+    "leave such a model as it is; depth KV needs one order of tokens throughout the stack.",
 )
 
 
@@ -39,6 +45,10 @@ def run(gm: GraphModule, plan: Plan) -> None:
             plan.refuse(attention.node, attention.pattern, _STACK)
             plan.reads = [0] * count  # not strict: half a stack would be neither model
             return
+    queries = [attention.query for attention in plan.attentions]
+    wrong = tokens.rearranged(gm.graph.nodes, nodes, queries)
+    if wrong is not None:
+        plan.refuse(nodes[wrong], plan.attentions[wrong].pattern, _REARRANGED, fatal=True)
     written_by = _by_layer(plan, ffns, reach) if ffns or plan.config.ffn_kv != "none" else {}
     for layer in range(count - 1):
         plan.slots.append(Slot(index=len(plan.slots), layer=layer))
