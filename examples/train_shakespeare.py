@@ -251,7 +251,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--layers", type=int, default=8)
     add("--width", type=int, default=128, help="a multiple of 64")
-    add("--steps", type=int, default=200)
+    add("--steps", type=int, default=150)
     add("--seeds", type=int, default=2, help="number of seeds")
     add("--batch", type=int, default=8)
     add("--length", type=int, default=128)
