@@ -18,15 +18,6 @@ OPS = torch.ops.moda_compile
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Small shapes run faster on one thread, and CI has two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- numerics -----------------------------------------------------------------------------------
 
 

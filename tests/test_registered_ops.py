@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -18,15 +17,6 @@ from tests.op_cases import compare, layouts, make, moda, run
 
 OPS = torch.ops.moda_compile
 assert stacked.attention  # imported: this module's operators are registered at first use
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Small shapes run faster on one thread, and CI has two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- the dispatcher -----------------------------------------------------------------------------

@@ -73,13 +73,9 @@ def _by_layer(
         layer = (upstream & attentions).bit_count()
         parallel = layer < count and upstream == reach[plan.attentions[layer].query]
         layer -= 0 if parallel else 1
-        feeds = layer + 1 < count and reach[plan.attentions[layer + 1].query] & reach[ffn.node]
-        later = (
-            feeds
-            and reach[plan.attentions[layer + 1].query] | reach[ffn.node]
-            == (reach[plan.attentions[layer + 1].query])
-        )
-        if layer >= 0 and later:
+        following = reach[plan.attentions[layer + 1].query] if layer + 1 < count else 0
+        feeds_it = following | reach[ffn.node] == following
+        if layer >= 0 and feeds_it:
             found[layer].append(ffn)
     for layer in range(count - 1):
         if len(found[layer]) != 1:

@@ -20,14 +20,6 @@ OPS = torch.ops.moda_compile
 WIDTH, HEADS = 16, 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def analysed(model: nn.Module, *inputs: Any, strict: bool = True, **options: Any) -> Plan:
     gm, _ = graphs.capture(model, *inputs)
     return pipeline.analyse(gm, MoDAConfig(**options), strict=strict)

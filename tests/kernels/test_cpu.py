@@ -18,15 +18,6 @@ B, HK, G, T, D, S = 2, 2, 3, 9, 8, 3
 SCALE = 0.3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Small shapes run faster on one thread, and CI has two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def normal(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -36,15 +36,6 @@ WIDTH, VOCABULARY, BATCH, LENGTH = HEADS * HEAD_DIM, 37, 2, 7
 KINDS = ("none", "shared", "projected")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Small shapes run faster on one thread, and CI has two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- a GPT as nanoGPT writes it -----------------------------------------------------------------
 
 

@@ -36,15 +36,6 @@ def profile(examples: int, *, shrink: bool = True) -> settings:
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Small shapes run faster on one thread, and CI has two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def check(stack: RandomStack, moda: MoDAConfig, **options: Any) -> None:
     check_conversion(stack, stack.config.inputs(), moda, **options)
 
