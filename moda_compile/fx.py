@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 VALUE = "example_value"  # where Dynamo keeps a node's fake result
+_MADE = "moda_made"  # set on the nodes that are ours
 
 
 def value(node: Any) -> Any:
@@ -200,11 +201,19 @@ def insert(
     """
     op = "call_method" if isinstance(target, str) else "call_function"
     node = gm.graph.create_node(op, target, args, kwargs or {})
+    node.meta[_MADE] = True
     for key in ("nn_module_stack", "stack_trace"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     annotate(node)
     return node
+
+
+def drop_unused(gm: GraphModule) -> None:
+    """Erase what :func:`insert` appended and nothing uses, such as views of a match not taken."""
+    for node in reversed(gm.graph.nodes):
+        if node.meta.get(_MADE) and not node.users:
+            gm.graph.erase_node(node)
 
 
 def item(gm: GraphModule, node: Node, index: int) -> Node:

@@ -44,7 +44,7 @@ def check(gm: GraphModule, plan: Plan) -> None:
             )
             _require(node, previous is token, "the token does not come from the writer before it")
             _agree(node, query, [key, value, *keys, *values])
-            token = next(u for u in node.users if u.args[1] == 1)
+            token = next((u for u in node.users if u.args[1] == 1), None)
             readers += 1
     expected = len(plan.attentions) if plan.slots else 0
     _require(None, readers == expected, f"{readers} attentions rewritten, planned {expected}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import Node
 
@@ -21,18 +22,42 @@ class Refused(Exception):
         self.reason, self.fix = reason, fix
 
 
+@dataclass(frozen=True)
+class Step:
+    """One call on the way from the combined attention's output to what the model goes on with.
+
+    ``target(x, *args, **kwargs)`` of the value x so far, or its method if ``target`` is a name:
+    ``Step("transpose", (1, 2))``. Arguments may hold nodes of the graph.
+    """
+
+    target: Callable[..., Any] | str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """One self-attention, as dataflow.
+    """One attention, softmax(scale q k^T + mask) v, as dataflow.
+
+    Queries, keys and values come in one layout, [B, H, T, d]. Where the graph has another, the
+    match appends views (:func:`moda_compile.fx.insert`) in front of ``node``; those that nothing
+    comes to use are removed again. Whether it is self-attention, and of which stack, is for the
+    passes to find out.
 
     Attributes:
-        node: the node whose result is the attention's output [B, Hq, T, d].
+        node: the node whose result is replaced.
         pattern: name of the row that found it.
         query: node of the queries [B, Hq, T, d], as its scores use them (normed, rotated).
         key, value: nodes of [B, Hk, T, d] before any repetition over the query heads of a group.
-        is_causal: whether token t sees tokens u <= t only; otherwise it sees all.
+        is_causal: whether token t sees tokens u <= t only; otherwise what ``mask`` says, or all.
         scale: factor of every score; ``None`` means 1 / sqrt(d).
+        mask: node of a mask of the sequence's scores, broadcastable to [B, Hq, T, T]: bool (True
+            attends) or additive. ``None`` with ``is_causal``.
         max_length: the longest T for which ``is_causal`` was checked; ``None`` if for every T.
+        restore: how ``node``'s result is made from the combined attention's [B, Hq, T, d].
+        sequence: nodes of the sequence part's own output [B, Hq, T, d] and lse [B, Hq, T] (natural
+            logarithm), where the graph computes it by a call that is to stay; depth is then merged
+            into it, and mask and is_causal are that call's own business.
     """
 
     node: Node
@@ -42,7 +67,10 @@ class Attention:
     value: Node
     is_causal: bool
     scale: float | None
+    mask: Node | None = None
     max_length: int | None = None
+    restore: tuple[Step, ...] = ()
+    sequence: tuple[Node, Node] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,6 @@ _write_slot = torch.ops.moda_compile.write_slot.default
 def run(gm: GraphModule, plan: Plan) -> None:
     """Replace each attention of the plan. With no slots, nothing is changed at all."""
     if not plan.slots:
-        for attention in plan.attentions:
-            for made in (attention.key, attention.value):
-                if not made.users:  # the pattern's own, behind a repetition that it saw through
-                    gm.graph.erase_node(made)
         return
     keys: list[Node] = []
     values: list[Node] = []
@@ -63,6 +59,10 @@ def run(gm: GraphModule, plan: Plan) -> None:
                 like=node,
             )
             output, token = fx.item(gm, both, 0), fx.item(gm, both, 1)
+            for step in attention.restore:
+                output = fx.insert(
+                    gm, step.target, (output, *step.args), dict(step.kwargs), like=node
+                )
         node.replace_all_uses_with(output)
         gm.graph.erase_node(node)
 
