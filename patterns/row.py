@@ -22,6 +22,18 @@ class Refused(Exception):
         self.reason, self.fix = reason, fix
 
 
+class LeftAlone(Exception):
+    """A row recognises what is no self-attention, so no part of a stack: it stays as it is.
+
+    Args:
+        reason: what was found, one sentence.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Step:
     """One call on the way from the combined attention's output to what the model goes on with.
@@ -82,7 +94,7 @@ class Pattern:
         accepts: one sentence: which attentions it rewrites.
         refuses: one sentence: which it recognises and refuses, and why.
         match: given any node, an Attention if this node is the output of one, ``None`` if it is
-            something else, or raises :class:`Refused`.
+            something else, or raises :class:`Refused` or :class:`LeftAlone`.
     """
 
     name: str

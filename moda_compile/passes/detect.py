@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from moda_compile import fx
 from moda_compile.patterns import PATTERNS
-from moda_compile.patterns.row import Attention, Refused
+from moda_compile.patterns.row import Attention, LeftAlone, Refused
 from moda_compile.plan import Plan
 
 
@@ -43,6 +43,8 @@ def _match(node: Node, plan: Plan) -> None:
             attention = pattern.match(node)
         except Refused as refused:
             plan.refuse(node, pattern.name, refused)
+            return
+        except LeftAlone:
             return
         if attention is not None:
             plan.attentions.append(attention)
