@@ -51,13 +51,14 @@ class Case:
     s: int = 17
     causal: bool = True
     layout: str = "token_major"
+    mask: str = ""  # see `make_mask`; "+ gradient" behind it: learned
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         shape = f"B{self.b} T{self.t} Hk{self.hk} G{self.g} d{self.d} S{self.s}"
         accumulator = str(self.accumulator).removeprefix("torch.") if self.mode == "list" else "-"
-        causal = "" if self.causal else " full"
-        return f"{self.mode:7} {kind:8} acc {accumulator:8} {shape} {self.layout}{causal}"
+        seen = "" if self.causal else f" {self.mask or 'full'}"
+        return f"{self.mode:7} {kind:8} acc {accumulator:8} {shape} {self.layout}{seen}"
 
 
 def cases() -> Iterator[Case]:
@@ -89,6 +90,27 @@ def cases() -> Iterator[Case]:
     for d, g in ((1, 1), (5, 2), (16, 3), (40, 2), (64, 1), (64, 32), (80, 2), (192, 1), (256, 8)):
         yield replace(base, d=d, g=g, t=130)
     yield replace(base, mode="stacked", d=256, g=32, hk=1, t=67, s=5)
+    # Masks; the first token of every batch entry sees no key at all, but for "alibi" and "padding".
+    base = replace(base, causal=False, g=2, s=5)
+    learned = "alibi + gradient"
+    for mask in ("bool", "padding", "-inf", "smallest", "alibi", learned):
+        for sequence in ("", "math"):
+            yield replace(base, sequence=sequence, mask=mask)
+        yield replace(base, mask=mask, mode="stacked")
+        yield replace(base, mask=mask, s=0)
+        yield replace(base, mask=mask, dtype=FP32)
+    for t in (1, 2, 16, 130, 1031):
+        yield replace(base, mask="bool", t=t)
+        yield replace(base, mask=learned, t=t)
+    for mask in ("bool", learned):
+        for dtype in (FP16, FP64):
+            yield replace(base, mask=mask, dtype=dtype, accumulator=dtype)
+        yield replace(base, mask=mask, d=76, g=1, hk=3)
+        yield replace(base, mask=mask, d=256)
+        yield replace(base, mask=mask, layout="mixed")
+        yield replace(base, mask=mask, mode="stacked", s=0)
+    for layout in ("head_major", "odd_offset", "dim_major"):
+        yield replace(base, mask="smallest", layout=layout, dtype=FP16)
 
 
 def tensor(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
@@ -107,8 +129,39 @@ def tensor(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) ->
     return draw(b, t, h, d, device=DEVICE).to(dtype).transpose(1, 2)
 
 
+def make_mask(case: Case) -> Tensor | None:
+    """The case's mask, in the dtype in which models have it."""
+    t, heads = case.t, case.hk * case.g
+    row = torch.arange(t, device=DEVICE)[:, None]
+    column = torch.arange(t, device=DEVICE)[None, :]
+    batch = torch.arange(case.b, device=DEVICE)[:, None, None, None]
+    visible = (column <= row) & (column > batch)
+    if case.mask == "bool":
+        return visible
+    if case.mask == "padding":
+        return column.reshape(1, 1, 1, t) < (t - 3 * batch).clamp(min=1)
+    if case.mask == "-inf":
+        return torch.zeros(visible.shape, device=DEVICE).masked_fill(~visible, -math.inf)
+    if case.mask == "smallest":  # float32's, also beside 16-bit inputs: transformers under autocast
+        smallest = torch.finfo(FP32).min
+        return torch.zeros(visible.shape, device=DEVICE).masked_fill(~visible, smallest)
+    if case.mask.startswith("alibi"):
+        slopes = torch.linspace(0.01, 0.5, heads, device=DEVICE)[:, None, None]
+        bias = (slopes * (column - row).abs().neg()).to(case.dtype)[None]
+        return bias.requires_grad_(case.mask.endswith("gradient"))
+    return None
+
+
 def oracle(
-    q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor, *, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth_k: Tensor,
+    depth_v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: one softmax over the sequence's and the slots' scores (section 3)."""
     group, t = q.shape[1] // k.shape[1], q.shape[2]
@@ -118,16 +171,28 @@ def oracle(
     if causal:
         future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
         z_seq = z_seq.masked_fill(future, -math.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        z_seq = z_seq.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        z_seq = z_seq + mask
     z = torch.cat([z_seq, torch.einsum("bhtd,sbhtd->bhts", q, depth_k) * scale], -1)
-    p = z.softmax(-1)
+    dead = (z == -math.inf).all(-1, keepdim=True)
+    z = z.masked_fill(dead, 0.0)
+    p = z.softmax(-1).masked_fill(dead, 0.0)
     out = p[..., :t] @ v + torch.einsum("bhts,sbhtd->bhtd", p[..., t:], depth_v)
-    return out, z.logsumexp(-1)
+    return out, z.logsumexp(-1).masked_fill(dead.squeeze(-1), -math.inf)
 
 
 def relative(x: Tensor, exact: Tensor) -> float:
-    if exact.numel() == 0:
+    """||x - exact|| / ||exact||, over what is no masked-out row's lse: those must agree."""
+    far = exact < -1e30
+    if not torch.equal(x.double() < -1e30, far) or not torch.equal(
+        x == -math.inf, exact.isneginf()
+    ):
+        return math.nan
+    if far.all():
         return 0.0
-    return ((x.double() - exact).norm() / exact.norm()).item()
+    return ((x.double() - exact)[~far].norm() / exact[~far].norm().clamp(min=1e-30)).item()
 
 
 def check(case: Case) -> tuple[str, dict[str, float], dict[str, float]]:
@@ -148,16 +213,27 @@ def check(case: Case) -> tuple[str, dict[str, float], dict[str, float]]:
     if case.layout == "mixed":  # a stack whose slots are the innermost but one dimension
         stacks = [x.permute(1, 3, 2, 0, 4).contiguous().permute(3, 0, 2, 1, 4) for x in stacks]
     grad = tensor((case.b, hq, case.t, case.d), "head_major", case.dtype)
-    lowering = choose(device_type="cuda", dtype=case.dtype, head_dim=case.d, tokens=case.t)
+    mask = make_mask(case)
+    learned = mask is not None and mask.requires_grad
+    lowering = choose(
+        device_type="cuda", dtype=case.dtype, head_dim=case.d, tokens=case.t,
+        masked=mask is not None, mask_gradient=learned,
+    )  # fmt: skip
     if case.sequence:
         lowering = Lowering("split", case.sequence, "forced")
-    options: dict[str, Any] = dict(is_causal=case.causal, scale=scale, lowering=lowering)
+    options: dict[str, Any] = dict(
+        is_causal=case.causal,
+        scale=scale,
+        lowering=lowering,
+        mask=None if mask is None else mask.detach(),
+    )
     if case.mode == "list":
         shape = (case.s + 2, 2, case.b, case.t, case.hk, case.d)
         acc = torch.randn(shape, device=DEVICE).to(case.accumulator).transpose(3, 4)
         before = acc.clone()
         out, lse = split.forward(q, k, v, depth_k, depth_v, **options)
-        dq, dk, dv = split.backward(grad, q, k, v, depth_k, depth_v, out, lse, acc, **options)
+        lists = (grad, q, k, v, depth_k, depth_v, out, lse, acc)
+        dq, dk, dv, dmask = split.backward(*lists, **options, mask_gradient=learned)
         if not torch.equal(acc[case.s :], before[case.s :]):
             raise AssertionError("rows past the last slot changed")
         got = [out, lse, dq, dk, dv, acc[: case.s, 0], acc[: case.s, 1]]
@@ -166,20 +242,30 @@ def check(case: Case) -> tuple[str, dict[str, float], dict[str, float]]:
         args = (q, k, v, *stacks)
         out, lse = split.forward_stacked(*args, **options)
         saved = (grad, *args, out, lse)
-        got = [out, lse, *split.backward_stacked(*saved, **options)]
+        *made, dmask = split.backward_stacked(*saved, **options, mask_gradient=learned)
+        got = [out, lse, *made]
         start = torch.zeros(case.s, 2, *kv, device=DEVICE, dtype=FP64)
 
     def reference(compute: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(compute).requires_grad_() for x in (q, k, v, *stacks)]
-        exact, exact_lse = oracle(*leaves, causal=case.causal, scale=scale)
-        grads = list(torch.autograd.grad(exact, leaves, grad.to(compute)))
-        grads[3:] = [grads[3].double() + start[:, 0], grads[4].double() + start[:, 1]]
+        added = mask
+        if mask is not None and mask.is_floating_point():
+            # Eager has its mask in its own dtype, whose smallest number stands for float32's.
+            added = mask.detach().double().clamp(min=torch.finfo(compute).min).to(compute)
+            added = added.masked_fill(mask == -math.inf, -math.inf).requires_grad_(learned)
+        exact, exact_lse = oracle(*leaves, causal=case.causal, scale=scale, mask=added)
+        wanted = leaves if added is None or not learned else [*leaves, added]
+        grads = list(torch.autograd.grad(exact, wanted, grad.to(compute)))
+        grads[3:5] = [grads[3].double() + start[:, 0], grads[4].double() + start[:, 1]]
         return [exact.detach(), exact_lse.detach(), *grads]
 
+    if dmask is not None:
+        got.append(dmask)
     exact, eager = reference(FP64), reference(case.dtype)
-    errors = {n: relative(x, y) for n, x, y in zip(NAMES, got, exact, strict=True)}
-    limits = {n: relative(x, y) for n, x, y in zip(NAMES, eager, exact, strict=True)}
-    for name in NAMES:
+    names = (*NAMES, "dM") if learned else NAMES
+    errors = {n: relative(x, y) for n, x, y in zip(names, got, exact, strict=True)}
+    limits = {n: relative(x, y) for n, x, y in zip(names, eager, exact, strict=True)}
+    for name in names:
         limits[name] += BUDGET[case.dtype]
     limits["lse"] = BUDGET[FP64 if case.dtype == FP64 else FP32]  # never in 16 bits
     return lowering.sequence, errors, limits
@@ -194,7 +280,7 @@ def check_long_offsets() -> str:
     slots = list(big.unbind(0))
     out, lse = split.forward_stacked(q, k, v, big, big, **options)
     assert torch.equal(out, split.forward(q, k, v, slots, slots, **options)[0]), "out differs"
-    dk, dv = split.backward_stacked(grad, q, k, v, big, big, out, lse, **options)[3:]
+    dk, dv = split.backward_stacked(grad, q, k, v, big, big, out, lse, **options)[3:5]
     acc = torch.zeros(s, 2, 1, t, h, d, device=DEVICE, dtype=BF16).transpose(3, 4)
     split.backward(grad, q, k, v, slots, slots, out, lse, acc, **options)
     assert torch.equal(acc[:, 0], dk) and torch.equal(acc[:, 1], dv), "slot gradients differ"
@@ -225,7 +311,7 @@ def check_cuda_graph() -> str:
     def step() -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = dict(is_causal=True, scale=0.125)
         out, lse = split.forward(q, k, v, slots, slots, **options)
-        dq, _, _ = split.backward(grad, q, k, v, slots, slots, out, lse, acc, **options)
+        dq, *_ = split.backward(grad, q, k, v, slots, slots, out, lse, acc, **options)
         return out, dq
 
     stream = torch.cuda.Stream()
@@ -272,7 +358,7 @@ def check_compiled() -> str:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return split.backward_stacked(
             grad, q, k, v, depth_k, depth_v, out, lse, is_causal=True, scale=0.125
-        )
+        )[:5]
 
     def both(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         out, lse = forward(*inputs)
@@ -305,7 +391,9 @@ def check_after_plain() -> str:
         out, lse = sequence_kernels.forward("cudnn", q, k, v, is_causal=True, scale=scale)
         out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as our kernels return it
         ours, exact = (
-            sequence_kernels.backward(name, grad, q, k, v, out, lse, is_causal=True, scale=scale)
+            sequence_kernels.backward(name, grad, q, k, v, out, lse, is_causal=True, scale=scale)[
+                :3
+            ]
             for name in ("cudnn", "math")
         )
         worst = max(worst, *(relative(x, y.double()) for x, y in zip(ours, exact, strict=True)))
@@ -331,8 +419,8 @@ def guarded(name: str, run: Callable[[], str]) -> bool:
 
 def check_case(case: Case) -> str:
     sequence, errors, limits = check(case)
-    row = " ".join(f"{n} {errors[n]:.0e}/{limits[n]:.0e}" for n in NAMES)
-    wrong = [n for n in NAMES if not errors[n] <= limits[n]]  # NaN is not <= anything
+    row = " ".join(f"{n} {errors[n]:.0e}/{limits[n]:.0e}" for n in errors)
+    wrong = [n for n in errors if not errors[n] <= limits[n]]  # NaN is not <= anything
     if wrong:
         raise AssertionError(f"{sequence}: {', '.join(wrong)} too far off: {row}")
     return f"{sequence:9} {row}"

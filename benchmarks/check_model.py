@@ -1,6 +1,6 @@
 """Check whole converted models on this machine's GPU against the float64 oracle, and print a table.
 
-    PYTHONPATH=. python benchmarks/check_model.py
+    PYTHONPATH=. python benchmarks/check_model.py [--only NAME ...]
 
 Models are the random stacks of ``moda_compile.testing`` moved to the GPU: float32 and bfloat16,
 every ffn_kv, compiled by Inductor. Exits 1 if any comparison fails.
@@ -8,6 +8,7 @@ every ffn_kv, compiled by Inductor. Exits 1 if any comparison fails.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 
@@ -24,17 +25,22 @@ STACKS = {
         layers=3, kv_heads=4, groups=1, head_dim=32, projection="chunk", bias=True, length=65
     ),
     "odd-dim": StackConfig(layers=3, kv_heads=2, groups=3, head_dim=24, mask="none", length=33),
+    "padded": StackConfig(layers=3, head_dim=32, mask="padding_left_causal", length=65, batch=3),
+    "learned-bias": StackConfig(layers=3, head_dim=32, mask="bias_causal", length=65, batch=3),
 }
 
 
 def main() -> int:
-    """Run all checks; return the exit status."""
+    """Run the checks; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=STACKS, default=list(STACKS))
+    chosen = parser.parse_args().only
     if not torch.cuda.is_available():
         print("no CUDA device")
         return 1
     print(torch.cuda.get_device_name(), torch.__version__)
     failed = 0
-    for name, config in STACKS.items():
+    for name, config in ((name, STACKS[name]) for name in chosen):
         for dtype in (torch.float32, torch.bfloat16):
             for ffn_kv in ("none", "projected", "shared"):
                 model = RandomStack(config).to("cuda", dtype)

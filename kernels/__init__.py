@@ -29,7 +29,7 @@ if __name__ != "moda_compile.kernels":
 
     sys.modules[__name__] = _Elsewhere(__name__)
 
-__all__ = ["Lowering", "available_sequence_kernels", "choose"]
+__all__ = ["Lowering", "available_sequence_kernels", "choose", "choose_merge"]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _CUDNN_MAX_HEAD_DIM = 128  # on every GPU it serves
@@ -42,7 +42,8 @@ class Lowering:
 
     name: "split" (the platform's attention, then a Triton kernel for the depth slots), "plain"
         (PyTorch operations only) or "cpu". sequence: what computes the sequence part: "cudnn",
-        "flash", "efficient" or "math" on GPUs. reason: one sentence for the report.
+        "flash", "efficient" or "math" on GPUs; "given" where the graph itself does. reason: one
+        sentence for the report.
     """
 
     name: str
@@ -83,6 +84,8 @@ def choose(
     tokens: int | None = None,
     capability: tuple[int, int] | None = None,
     available: frozenset[str] | None = None,
+    masked: bool = False,
+    mask_gradient: bool = False,
 ) -> Lowering:
     """The lowering for these inputs, keyed by what they are and by compute capability.
 
@@ -93,18 +96,30 @@ def choose(
         tokens: T, if known.
         capability: (major, minor) compute capability; by default the current device's.
         available: by default `available_sequence_kernels()`.
+        masked: the sequence has a mask, and not the causal one.
+        mask_gradient: that mask requires a gradient.
     """
     if device_type != "cuda":
-        return Lowering(
-            "cpu", "flash", f"device {device_type!r}: PyTorch's flash attention, slots by PyTorch."
-        )
+        extra = ", the mask's gradient by T x T scores" if masked and mask_gradient else ""
+        text = f"device {device_type!r}: PyTorch's flash attention, slots by PyTorch{extra}."
+        return Lowering("cpu", "flash", text)
     if capability is None:
         has_gpu = torch.cuda.is_available()
         capability = torch.cuda.get_device_capability() if has_gpu else (0, 0)
     if available is None:
         available = available_sequence_kernels()
     single = tokens is not None and bool(tokens == 1)
-    return _choose(dtype, int(head_dim), single, capability, available)
+    return _choose(dtype, int(head_dim), single, capability, available, masked)
+
+
+def choose_merge(*, device_type: str, dtype: torch.dtype, head_dim: int) -> Lowering:
+    """The lowering of the depth part alone, of an attention that tells its log-sum-exp."""
+    if device_type != "cuda":
+        return Lowering("cpu", "given", f"device {device_type!r}: slots by PyTorch.")
+    obstacle = _depth_obstacle(dtype, int(head_dim))
+    if obstacle is not None:
+        return Lowering("plain", "given", obstacle)
+    return Lowering("split", "given", "the attention's own out and lse, then the depth kernel.")
 
 
 @functools.lru_cache(maxsize=256)
@@ -114,23 +129,32 @@ def _choose(
     single_token: bool,
     capability: tuple[int, int],
     available: frozenset[str],
+    masked: bool,
 ) -> Lowering:
-    if dtype not in (*_LOW_PRECISION, torch.float32):
-        return Lowering("plain", "math", f"{dtype}: no fused kernel computes in it.")
-    if head_dim > _MAX_HEAD_DIM:
-        return Lowering("plain", "math", f"head_dim {head_dim} exceeds {_MAX_HEAD_DIM}.")
+    unserved = _depth_obstacle(dtype, head_dim)
+    if unserved is not None:
+        return Lowering("plain", "math", unserved)
     refused: list[str] = []
     # On capability 9.0 and newer cuDNN's kernels are the ones written for the hardware (measured
     # on 9.0, forward + backward: 0.6x the time of flash attention); before, flash attention is.
     order = ("cudnn", "flash") if capability >= (9, 0) else ("flash", "cudnn")
     for name in (*order, "efficient"):
-        obstacle = _obstacle(name, dtype, head_dim, single_token, capability, available)
+        obstacle = _obstacle(name, dtype, head_dim, single_token, capability, available, masked)
         if obstacle is None:
             tried = f"; not {'; not '.join(refused)}" if refused else ""
             text = f"{name} attention, capability {capability[0]}.{capability[1]}{tried}."
             return Lowering("split", name, text)
         refused.append(f"{name}: {obstacle}")
     return Lowering("split", "math", f"no fused attention: {'; '.join(refused)}.")
+
+
+def _depth_obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels can't serve, or None."""
+    if dtype not in (*_LOW_PRECISION, torch.float32):
+        return f"{dtype}: no fused kernel computes in it."
+    if head_dim > _MAX_HEAD_DIM:
+        return f"head_dim {head_dim} exceeds {_MAX_HEAD_DIM}."
+    return None
 
 
 def _obstacle(
@@ -140,10 +164,13 @@ def _obstacle(
     single_token: bool,
     capability: tuple[int, int],
     available: frozenset[str],
+    masked: bool,
 ) -> str | None:
     """Why the fused attention `name` can't serve, or None. (Odd head dims can: they get padded.)"""
     if name not in available:
         return "not available or disabled"
+    if masked and name != "efficient":
+        return "takes no mask"
     if name == "efficient":
         if dtype == torch.bfloat16 and capability < (8, 0):
             return "bfloat16 needs capability 8.0"

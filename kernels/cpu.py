@@ -1,17 +1,21 @@
 """The combined attention on a CPU: the platform's flash attention plus the depth slots.
 
 The sequence part is one call of ATen's CPU flash attention, which returns the log-sum-exp of its
-scores and takes a (joint) one back in backward; no T x T matrix is ever formed. The depth part is
+scores and takes a (joint) one back in backward; no T x T matrix is ever formed, unless a mask that
+is one wants a gradient. The depth part is
 token-local: a dot product per (token, slot), so it streams over the slots' K and V once forward
 and twice backward, with temporaries of one layer's query at most.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from moda_compile.kernels import joint, masks
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -26,6 +30,7 @@ def forward(
     *,
     is_causal: bool,
     scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention over the sequence and the depth slots.
 
@@ -35,30 +40,52 @@ def forward(
         depth_k, depth_v: S slots of [B, Hk, T, d].
         is_causal: token t attends to tokens u <= t of the sequence.
         scale: factor of every score.
+        mask: of the sequence, bool or additive, broadcastable to [B, Hq, T, T].
 
     Returns:
-        out [B, Hq, T, d] in [B, T, Hq, d] memory order, and lse [B, Hq, T], natural log.
+        out [B, Hq, T, d] in [B, T, Hq, d] memory order, and lse [B, Hq, T], natural log. A row
+        without a visible key gives all its weight to the slots; without slots it is 0, lse -inf.
     """
     if q.numel() == 0:
         return _empty(q), q.new_empty(q.shape[:3], dtype=_accumulate(q))
     query, factor, _ = _positive(q, scale)
-    out, lse = _flash(*_dense(query, k, v), 0.0, is_causal, scale=factor)
+    bias = _bias(mask, q)
+    out, lse = _flash(*_dense(query, k, v), 0.0, is_causal, attn_mask=bias, scale=factor)
+    if bias is not None:  # ATen gives a row without a visible key out = 0 and lse = 0
+        lse = lse.masked_fill(masks.dead_rows(bias).squeeze(-1), -math.inf)
     if not depth_k:
         return _token_major(out), lse.contiguous()
+    return merge(out, lse, q, depth_k, depth_v, scale=scale)
+
+
+def merge(
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The joint out and lse, as :func:`forward`, given the sequence's own; S >= 1."""
+    if q.numel() == 0:
+        return _empty(q), q.new_empty(q.shape[:3], dtype=_accumulate(q))
     b, hq, t, d = q.shape
-    grouped = (b, k.shape[1], hq // k.shape[1], t)
+    hk = depth_k[0].shape[1]
+    grouped = (b, hk, hq // hk, t)
     compute = _accumulate(q)
     query = q.to(compute).reshape(*grouped, d)
     # z[i] = scale * q . kd_i, one row of scores per slot: [S, B, Hk, G, T].
     z = torch.stack([(query * key.to(compute).unsqueeze(2)).sum(-1) for key in depth_k]).mul_(scale)
-    lse_seq = lse.to(compute).reshape(grouped)
-    joint = torch.logaddexp(lse_seq, z.logsumexp(0))
-    p = z.sub_(joint).exp_()
+    lse_seq = sequence_lse.to(compute).reshape(grouped)
+    lse = torch.logaddexp(lse_seq, z.logsumexp(0))
+    p = z.sub_(lse).exp_()
     # o = exp(lse_seq - lse) o_seq + sum_i p_i vd_i
-    acc = out.to(compute).reshape(*grouped, d) * (lse_seq - joint).exp_().unsqueeze(-1)
+    weight = (lse_seq - lse).exp_().unsqueeze(-1)
+    acc = sequence_out.to(compute).reshape(*grouped, d) * weight
     for weight, value in zip(p, depth_v, strict=True):
         acc.addcmul_(weight.unsqueeze(-1), value.to(compute).unsqueeze(2))
-    return _token_major(acc.reshape(q.shape).to(q.dtype)), joint.reshape(b, hq, t).contiguous()
+    return _token_major(acc.reshape(q.shape).to(q.dtype)), lse.reshape(b, hq, t).contiguous()
 
 
 def backward(
@@ -70,11 +97,13 @@ def backward(
     depth_v: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
-    accumulator: Tensor,
+    accumulator: Tensor | None,
     *,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    mask: Tensor | None = None,
+    mask_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`forward`, given its joint ``out`` and ``lse``.
 
     The sequence part and the depth part separate exactly once p is taken relative to the joint
@@ -85,37 +114,98 @@ def backward(
         grad_out: gradient of ``out`` [B, Hq, T, d].
         accumulator: [N, 2, B, Hk, T, d], N >= S; row i gets ``+= (d depth_k[i], d depth_v[i])``
             in place. Rows from S up are not touched.
+        mask_gradient: whether to compute the gradient of an additive mask, by T x T scores.
 
     Returns:
         dq [B, Hq, T, d], and the sequence part's dk, dv [B, Hk, T, d]; token-major in memory.
+        The mask's gradient, in its shape and dtype, or None.
     """
     if q.numel() == 0:
-        return _empty(q), _empty(k), _empty(v)
+        return _empty(q), _empty(k), _empty(v), masks.no_gradient(mask) if mask_gradient else None
     query, factor, sign = _positive(q, scale)
-    dense = _dense(query, k, v)
+    bias = _bias(mask, q)
+    grad, sequence_lse = grad_out, lse
+    if bias is not None:
+        sequence_lse = lse.masked_fill(lse == -math.inf, math.inf)  # p = exp(-inf - inf) = 0
+        if not depth_k and mask is not None and mask.dtype != torch.bool:
+            grad = masks.normalised(grad_out, bias, lse)
     dq, dk, dv = _flash_backward(
-        grad_out.contiguous(), *dense, out, lse, 0.0, is_causal, scale=factor
-    )
+        grad.contiguous(), *_dense(query, k, v), out, sequence_lse, 0.0, is_causal,
+        attn_mask=bias, scale=factor,
+    )  # fmt: skip
     if sign != 1.0:
         dq = dq * sign
-    if not depth_k:
-        return _token_major(dq), _token_major(dk), _token_major(dv)
+    dmask = None
+    if mask is not None and mask_gradient:
+        dmask = masks.gradient(grad, q, k, v, out, sequence_lse, mask, scale)
+    if depth_k:
+        assert accumulator is not None
+        dq = _depth_backward(grad_out, q, depth_k, depth_v, out, lse, accumulator, dq, scale)
+    return _token_major(dq), _token_major(dk), _token_major(dv), dmask
+
+
+def merge_backward(
+    grad_out: Tensor,
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    accumulator: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`merge`: of sequence_out, sequence_lse and q; accumulator as above."""
+    if q.numel() == 0:
+        return _empty(q), torch.empty_like(sequence_lse), _empty(q)
+    dq = _depth_backward(grad_out, q, depth_k, depth_v, out, lse, accumulator, None, scale)
+    return *joint.sequence_gradients(grad_out, sequence_out, sequence_lse, out, lse), _token_major(
+        dq
+    )
+
+
+def _depth_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    accumulator: Tensor,
+    sequence_grad_query: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """dq of sequence and depth together; adds to the accumulator."""
     b, hq, t, d = q.shape
-    grouped = (b, k.shape[1], hq // k.shape[1], t)
+    hk = depth_k[0].shape[1]
+    grouped = (b, hk, hq // hk, t)
     compute = _accumulate(q)
     query = q.to(compute).reshape(*grouped, d)
     grad = grad_out.to(compute).reshape(*grouped, d)
     delta = (grad * out.to(compute).reshape(*grouped, d)).sum(-1)
-    joint = lse.to(compute).reshape(grouped)
-    dquery = dq.to(compute).reshape(*grouped, d).clone()
+    lse = lse.to(compute).reshape(grouped)
+    if sequence_grad_query is None:
+        dquery = torch.zeros_like(query)
+    else:
+        dquery = sequence_grad_query.to(compute).reshape(*grouped, d).clone()
     for slot, (key, value) in enumerate(zip(depth_k, depth_v, strict=True)):
         key, value = key.to(compute).unsqueeze(2), value.to(compute).unsqueeze(2)
-        p = (query * key).sum(-1).mul_(scale).sub_(joint).exp_()
+        p = (query * key).sum(-1).mul_(scale).sub_(lse).exp_()
         dz = (grad * value).sum(-1).sub_(delta).mul_(p).mul_(scale)
         dquery.addcmul_(dz.unsqueeze(-1), key)
         accumulator[slot, 0].add_((dz.unsqueeze(-1) * query).sum(2))
         accumulator[slot, 1].add_((p.unsqueeze(-1) * grad).sum(2))
-    return _token_major(dquery.reshape(q.shape).to(q.dtype)), _token_major(dk), _token_major(dv)
+    return dquery.reshape(q.shape).to(q.dtype)
+
+
+def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask as ATen's CPU kernel takes it: four axes, numbers of q's dtype or float32."""
+    if mask is None:
+        return None
+    bias = masks.additive(masks.compact(mask), _accumulate(q))
+    return bias if bias.shape[-1] == 1 or bias.stride(-1) == 1 else bias.contiguous()
 
 
 def _accumulate(x: Tensor) -> torch.dtype:

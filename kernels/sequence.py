@@ -7,31 +7,58 @@ Every function takes q [B, Hq, T, d] and k, v [B, Hk, T, d], Hq a multiple of Hk
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moda_compile.kernels import launch
+from moda_compile.kernels import launch, masks
 
 _aten = torch.ops.aten
 _ROW_ELEMENTS = 8  # the fused kernels take head dims that are multiples of this
+_MASK_ELEMENTS = 16  # and efficient attention rows of a mask that are multiples of this
 _LSE_TILE = 32  # efficient attention rounds the length of its lse up to a multiple of this
 
 
 def forward(
-    name: str, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the sequence alone.
 
     Args:
-        name: "cudnn", "flash", "efficient" or "math".
+        name: "cudnn", "flash", "efficient" or "math". The first two take no mask.
         is_causal: token t attends to tokens u <= t. scale: factor of every score.
+        mask: bool or additive, broadcastable to [B, Hq, T, T].
 
     Returns:
         out [B, Hq, T, d] (last stride 1, otherwise any layout) and lse [B, Hq, T], natural log.
+        A row without a visible key has lse -inf and any finite out.
     """
+    out, lse = _forward(name, q, k, v, is_causal, scale, _bias(name, mask, q))
+    if mask is not None:
+        lse = lse.masked_fill(masks.dead_rows(masks.compact(mask)).squeeze(-1), -math.inf)
+    return out, lse
+
+
+def _forward(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if name == "math":
-        return _math_forward(q, k, v, is_causal, scale)
+        return _math_forward(q, k, v, is_causal, scale, bias)
     b, hq, t, d = q.shape
     # Zero columns add nothing to a score and only zeros to the output: padding is exact, because
     # the scale is given and not derived from the padded head_dim.
@@ -47,7 +74,7 @@ def forward(
     elif name == "efficient":
         k, v = _repeat_heads(k, hq), _repeat_heads(v, hq)
         result = _aten._scaled_dot_product_efficient_attention.default(
-            q, k, v, None, True, 0.0, is_causal, scale=scale
+            q, k, v, _mask_operand(bias, b, hq, t), True, 0.0, is_causal, scale=scale
         )
     else:
         raise ValueError(f"no such attention: {name!r}")
@@ -68,18 +95,28 @@ def backward(
     *,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    mask: Tensor | None = None,
+    mask_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The sequence part's gradients, given the joint out and lse.
 
     Args:
         grad_out: gradient of out [B, Hq, T, d]; out, lse: of the joint softmax, lse [B, Hq, T].
+        mask: as in forward. mask_gradient: whether to compute an additive mask's gradient.
 
     Returns:
-        dq [B, Hq, T, d], dk, dv [B, Hk, T, d]: last stride 1, otherwise any layout.
+        dq [B, Hq, T, d], dk, dv [B, Hk, T, d]: last stride 1, otherwise any layout; the mask's
+        gradient, in its shape and dtype, or None.
     """
+    bias = _bias(name, mask, q)
+    if bias is not None:
+        lse = lse.masked_fill(lse == -math.inf, math.inf)  # p = exp(z - inf) = 0
+    learned = mask if mask_gradient else None
     if name == "math":
-        return _math_backward(grad_out, q, k, v, out, lse, is_causal, scale)
-    t, d, hq, hk = q.shape[2], q.shape[3], q.shape[1], k.shape[1]
+        dq, dk, dv, dz = _math_backward(grad_out, q, k, v, out, lse, is_causal, scale, bias)
+        return dq, dk, dv, None if learned is None else masks.reduced(dz, learned)
+    b, hq, t, d = q.shape
+    hk, dbias = k.shape[1], None
     grad_out, q, k, v, out = (_operand(x) for x in (grad_out, q, k, v, out))
     # With dropout 0 no kernel reads the random state; the arguments are there to be filled.
     seed = offset = q.new_zeros((), dtype=torch.int64)
@@ -101,16 +138,52 @@ def backward(
     elif name == "efficient":
         # A padded row weighs exp(z - inf) = 0. out must be token-major: the kernel derives its
         # token stride from the shape.
-        rest = lse.new_full((*lse.shape[:2], -t % _LSE_TILE), float("inf"))
+        rest = lse.new_full((*lse.shape[:2], -t % _LSE_TILE), math.inf)
         padded = torch.cat((lse, rest), -1)
-        dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward.default(
-            grad_out, q, _repeat_heads(k, hq), _repeat_heads(v, hq), None, launch.token_major(out),
-            padded, seed, offset, 0.0, [True, True, True, False], is_causal, scale=scale,
+        wanted = [True, True, True, learned is not None]
+        dq, dk, dv, dbias = _aten._scaled_dot_product_efficient_attention_backward.default(
+            grad_out, q, _repeat_heads(k, hq), _repeat_heads(v, hq), _mask_operand(bias, b, hq, t),
+            launch.token_major(out), padded, seed, offset, 0.0, wanted, is_causal,
+            scale=scale,
         )  # fmt: skip
         dk, dv = _sum_heads(dk, hk), _sum_heads(dv, hk)
     else:
         raise ValueError(f"no such attention: {name!r}")
-    return _columns(dq, d), _columns(dk, d), _columns(dv, d)
+    dmask = None if learned is None or dbias is None else masks.reduced(dbias, learned)
+    return _columns(dq, d), _columns(dk, d), _columns(dv, d), dmask
+
+
+def normalised(name: str, grad_out: Tensor, q: Tensor, lse: Tensor, mask: Tensor) -> Tensor:
+    """grad_out for :func:`backward` where there are no slots; see `masks.normalised`."""
+    bias = _bias(name, mask, q)
+    assert bias is not None
+    return launch.token_major(masks.normalised(grad_out, bias, lse))
+
+
+def _bias(name: str, mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask as numbers to add, in the dtype that attention `name` takes it in."""
+    if mask is None:
+        return None
+    if name not in ("efficient", "math"):
+        raise ValueError(f"{name} attention takes no mask.")
+    dtype = torch.promote_types(q.dtype, torch.float32) if name == "math" else q.dtype
+    return masks.finite(masks.compact(mask), dtype)
+
+
+def _mask_operand(bias: Tensor | None, b: int, heads: int, t: int) -> Tensor | None:
+    """bias [B, Hq, T, T] as efficient attention takes it: rows on 16-byte boundaries.
+
+    Axes along which the mask is the same stay expanded, but for the last.
+    """
+    if bias is None:
+        return None
+    bias = bias.expand(-1, -1, -1, t)
+    padding = -t % _MASK_ELEMENTS
+    if type(padding) is not int or padding:  # a symbolic length may need it
+        bias = torch.cat((bias, bias.new_zeros((*bias.shape[:-1], padding))), -1)
+    elif bias.stride(-1) != 1 or launch.alignment(bias) != 16:
+        bias = bias.clone(memory_format=torch.contiguous_format)
+    return bias.narrow(-1, 0, t).expand(b, heads, t, t)
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -156,7 +229,9 @@ def _sum_heads(x: Tensor, heads: int) -> Tensor:
     return grouped.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
-def _math_scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _math_scores(
+    q: Tensor, k: Tensor, is_causal: bool, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Grouped queries [B, Hk, G, T, d] and scores [B, Hk, G, T, T], at least in float32."""
     b, hq, t, d = q.shape
     hk = k.shape[1]
@@ -165,16 +240,19 @@ def _math_scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> tuple[T
     z = query @ k.to(compute).unsqueeze(2).mT * scale
     if is_causal:
         future = torch.ones((t, t), dtype=torch.bool, device=q.device).triu(1)
-        z = z.masked_fill(future, float("-inf"))
+        z = z.masked_fill(future, -math.inf)
+    if bias is not None:
+        z = z + bias.expand(b, hq, t, t).reshape(z.shape)
     return query, z
 
 
 def _math_forward(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    query, z = _math_scores(q, k, is_causal, scale)
+    query, z = _math_scores(q, k, is_causal, scale, bias)
     lse = z.logsumexp(-1)
-    out = (z - lse.unsqueeze(-1)).exp() @ v.to(query.dtype).unsqueeze(2)
+    # Not exp(z - lse): where a mask of huge numbers has rounded lse, its p would not sum to 1.
+    out = z.softmax(-1) @ v.to(query.dtype).unsqueeze(2)
     return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:3])
 
 
@@ -187,13 +265,15 @@ def _math_backward(
     lse: Tensor,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    query, z = _math_scores(q, k, is_causal, scale)
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and the scores' gradient [B, Hq, T, T]."""
+    query, z = _math_scores(q, k, is_causal, scale, bias)
     grouped = query.shape
     p = (z - lse.to(z.dtype).reshape(grouped[:4]).unsqueeze(-1)).exp()
     grad = grad_out.to(z.dtype).reshape(grouped)
     delta = (grad * out.to(z.dtype).reshape(grouped)).sum(-1, keepdim=True)
-    dz = p * (grad @ v.to(z.dtype).unsqueeze(2).mT - delta) * scale
-    dq = (dz @ k.to(z.dtype).unsqueeze(2)).reshape(q.shape)
-    dk, dv = (dz.mT @ query).sum(2), (p.mT @ grad).sum(2)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    dz = p * (grad @ v.to(z.dtype).unsqueeze(2).mT - delta)
+    dq = (dz @ k.to(z.dtype).unsqueeze(2)).reshape(q.shape) * scale
+    dk, dv = (dz.mT @ query).sum(2) * scale, (p.mT @ grad).sum(2)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dz.flatten(1, 2)

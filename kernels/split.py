@@ -6,10 +6,12 @@ Forward: (out_seq, lse_seq) of the fastest attention there is, merged with the d
 
 `forward` and `backward` take the slots as separate tensors, and are to be called from an opaque
 operator. The stacked forms take one tensor a side and can be traced (`torch.library.triton_op`).
+`merge` is the depth part alone, for a sequence part that the graph itself computes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,24 +20,30 @@ from torch import Tensor
 from moda_compile.kernels import (
     Lowering,
     choose,
+    choose_merge,
     depth_backward,
     depth_forward,
+    joint,
     launch,
+    masks,
     plain,
     sequence,
     slot_table,
 )
+
+_Slots = Sequence[Tensor] | Tensor
 
 
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    depth_k: Sequence[Tensor],
-    depth_v: Sequence[Tensor],
+    depth_k: _Slots,
+    depth_v: _Slots,
     *,
     is_causal: bool,
     scale: float,
+    mask: Tensor | None = None,
     lowering: Lowering | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention over the sequence and the depth slots.
@@ -46,22 +54,29 @@ def forward(
         depth_k, depth_v: S slots of [B, Hk, T, d], each with strides of its own.
         is_causal: token t attends to tokens u <= t of the sequence.
         scale: factor of every score.
+        mask: of the sequence, bool or additive, broadcastable to [B, Hq, T, T].
         lowering: by default what `kernels.choose` says.
 
     Returns:
         out [B, Hq, T, d] in [B, T, Hq, d] memory order, and lse [B, Hq, T], natural log, float32
-        (float64 for float64 inputs).
+        (float64 for float64 inputs). A row without a visible key gives all its weight to the
+        slots; without slots its out is 0 and its lse -inf.
     """
-    lowering = _lowering(q, lowering)
+    lowering = lowering or _lowering(q, mask)
     if q.numel() == 0:
         return _nothing(q)
     q = launch.unit_rows(q)
-    out, lse = sequence.forward(lowering.sequence, q, k, v, is_causal=is_causal, scale=scale)
-    if not depth_k:
-        return launch.token_major(out), launch.contiguous(lse)
-    if lowering.name == "plain":
-        return plain.forward(q, out, lse, depth_k, depth_v, scale)
-    return depth_forward.run(q, out, lse, slot_table.table(depth_k, depth_v), scale)
+    has_slots = _count(depth_k) > 0
+    if mask is not None and not has_slots:
+        mask = masks.absorbed(masks.compact(mask), q.dtype)
+    out, lse = sequence.forward(
+        lowering.sequence, q, k, v, is_causal=is_causal, scale=scale, mask=mask
+    )
+    if has_slots:
+        return _merge(lowering, q, out, lse, depth_k, depth_v, scale)
+    if mask is not None:
+        out = out.masked_fill((lse == -math.inf).unsqueeze(-1), 0.0)
+    return launch.token_major(out), launch.contiguous(lse)
 
 
 def backward(
@@ -73,44 +88,33 @@ def backward(
     depth_v: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
-    accumulator: Tensor,
+    accumulator: Tensor | None,
     *,
     is_causal: bool,
     scale: float,
+    mask: Tensor | None = None,
+    mask_gradient: bool = False,
     lowering: Lowering | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`forward`, given its joint ``out`` and ``lse``.
 
     Args:
         grad_out: gradient of ``out`` [B, Hq, T, d], any strides.
         accumulator: [N >= S, 2, B, Hk, T, d], any strides, float32 or the inputs' dtype: row i gets
             ``+= (d depth_k[i], d depth_v[i])`` in place. Rows from S up are not touched.
+        mask_gradient: whether to compute the gradient of an additive mask.
 
     Returns:
         dq [B, Hq, T, d], and the sequence part's dk, dv [B, Hk, T, d]; token-major in memory.
+        The mask's gradient, in its shape and dtype, or None.
     """
-    lowering = _lowering(q, lowering)
-    if q.numel() == 0:
-        return _empty(q), _empty(k), _empty(v)
-    q, grad_out = launch.unit_rows(q), launch.token_major(grad_out)
-    out, lse = launch.unit_rows(out), launch.contiguous(lse)
-    dq, dk, dv = sequence.backward(
-        lowering.sequence, grad_out, q, k, v, out, lse, is_causal=is_causal, scale=scale
-    )
-    if not depth_k:
-        dq = launch.token_major(dq)
-    else:
+    grads = None
+    if accumulator is not None and depth_k:
         grads = (accumulator.select(1, 0), accumulator.select(1, 1))
-        if lowering.name == "plain":
-            dq = plain.backward(
-                grad_out, q, out, lse, dq, depth_k, depth_v, *grads, accumulate=True, scale=scale
-            )
-        else:
-            slots = slot_table.table(depth_k, depth_v)
-            dq = depth_backward.run(
-                grad_out, q, out, lse, dq, slots, *grads, accumulate=True, scale=scale
-            )
-    return dq, launch.token_major(dk), launch.token_major(dv)
+    return _backward(
+        grad_out, q, k, v, depth_k, depth_v, out, lse, grads, True, is_causal, scale, mask,
+        mask_gradient, lowering,
+    )  # fmt: skip
 
 
 def forward_stacked(
@@ -122,19 +126,13 @@ def forward_stacked(
     *,
     is_causal: bool,
     scale: float,
+    mask: Tensor | None = None,
     lowering: Lowering | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`forward` with the slots as one tensor [S, B, Hk, T, d] a side, any strides."""
-    lowering = _lowering(q, lowering)
-    if q.numel() == 0:
-        return _nothing(q)
-    q = launch.unit_rows(q)
-    out, lse = sequence.forward(lowering.sequence, q, k, v, is_causal=is_causal, scale=scale)
-    if depth_k.shape[0] == 0:
-        return launch.token_major(out), launch.contiguous(lse)
-    if lowering.name == "plain":
-        return plain.forward(q, out, lse, depth_k, depth_v, scale)
-    return depth_forward.run(q, out, lse, slot_table.stacked(depth_k, depth_v), scale)
+    return forward(
+        q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale, mask=mask, lowering=lowering
+    )
 
 
 def backward_stacked(
@@ -149,47 +147,175 @@ def backward_stacked(
     *,
     is_causal: bool,
     scale: float,
+    mask: Tensor | None = None,
+    mask_gradient: bool = False,
     lowering: Lowering | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`forward_stacked`, given its joint ``out`` and ``lse``.
 
     Returns:
         dq [B, Hq, T, d], dk, dv [B, Hk, T, d], d_depth_k, d_depth_v [S, B, Hk, T, d]; all with
-        heads inside tokens in memory ([..., T, H, d] order).
+        heads inside tokens in memory ([..., T, H, d] order). The mask's gradient, or None.
     """
-    lowering = _lowering(q, lowering)
-    d_depth_k = launch.token_major_empty(depth_k, depth_k.shape)
-    d_depth_v = launch.token_major_empty(depth_v, depth_v.shape)
+    grads = (
+        launch.token_major_empty(depth_k, depth_k.shape),
+        launch.token_major_empty(depth_v, depth_v.shape),
+    )
+    dq, dk, dv, dmask = _backward(
+        grad_out, q, k, v, depth_k, depth_v, out, lse, grads, False, is_causal, scale, mask,
+        mask_gradient, lowering,
+    )  # fmt: skip
+    return dq, dk, dv, *grads, dmask
+
+
+def merge(
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The joint out and lse, as :func:`forward`, given the sequence's own; S >= 1."""
     if q.numel() == 0:
-        return _empty(q), _empty(k), _empty(v), d_depth_k, d_depth_v
+        return _nothing(q)
+    q, out = launch.unit_rows(q), launch.unit_rows(sequence_out)
+    lse = sequence_lse.to(torch.promote_types(q.dtype, torch.float32))
+    return _merge(_merge_lowering(q), q, out, lse, depth_k, depth_v, scale)
+
+
+def merge_backward(
+    grad_out: Tensor,
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    accumulator: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`merge`: of sequence_out, sequence_lse and q; accumulator as above."""
+    if q.numel() == 0:
+        return _empty(sequence_out), torch.empty_like(sequence_lse), _empty(q)
     q, grad_out = launch.unit_rows(q), launch.token_major(grad_out)
     out, lse = launch.unit_rows(out), launch.contiguous(lse)
-    dq, dk, dv = sequence.backward(
-        lowering.sequence, grad_out, q, k, v, out, lse, is_causal=is_causal, scale=scale
+    nothing = q.new_zeros(q.shape[-1]).expand(q.shape)  # there is no sequence part of dq
+    grads = (accumulator.select(1, 0), accumulator.select(1, 1))
+    dq = _depth_backward(
+        _merge_lowering(q), grad_out, q, out, lse, nothing, depth_k, depth_v, grads, True, scale
     )
-    grads = (d_depth_k, d_depth_v)
-    if depth_k.shape[0] == 0:
-        dq = launch.token_major(dq)
-    elif lowering.name == "plain":
-        dq = plain.backward(
-            grad_out, q, out, lse, dq, depth_k, depth_v, *grads, accumulate=False, scale=scale
+    return *joint.sequence_gradients(grad_out, sequence_out, sequence_lse, out, lse), dq
+
+
+def _merge(
+    lowering: Lowering,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    depth_k: _Slots,
+    depth_v: _Slots,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    if lowering.name == "plain":
+        return plain.forward(q, out, lse, depth_k, depth_v, scale)
+    return depth_forward.run(q, out, lse, _slots(depth_k, depth_v), scale)
+
+
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth_k: _Slots,
+    depth_v: _Slots,
+    out: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor, Tensor] | None,
+    accumulate: bool,
+    is_causal: bool,
+    scale: float,
+    mask: Tensor | None,
+    mask_gradient: bool,
+    lowering: Lowering | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dmask; fills or adds to grads, the slots' (keys, values)."""
+    lowering = lowering or _lowering(q, mask, mask_gradient)
+    if q.numel() == 0:
+        return _empty(q), _empty(k), _empty(v), masks.no_gradient(mask) if mask_gradient else None
+    q, grad_out = launch.unit_rows(q), launch.token_major(grad_out)
+    out, lse = launch.unit_rows(out), launch.contiguous(lse)
+    has_slots = _count(depth_k) > 0
+    grad = grad_out
+    if mask is not None and mask.is_floating_point() and not has_slots:
+        mask = masks.absorbed(mask if mask_gradient else masks.compact(mask), q.dtype)
+        grad = sequence.normalised(lowering.sequence, grad_out, q, lse, mask)
+    dq, dk, dv, dmask = sequence.backward(
+        lowering.sequence, grad, q, k, v, out, lse,
+        is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
+    )  # fmt: skip
+    if has_slots:
+        assert grads is not None
+        dq = _depth_backward(
+            lowering, grad_out, q, out, lse, dq, depth_k, depth_v, grads, accumulate, scale
         )
     else:
-        slots = slot_table.stacked(depth_k, depth_v)
-        dq = depth_backward.run(
-            grad_out, q, out, lse, dq, slots, *grads, accumulate=False, scale=scale
-        )
-    return dq, launch.token_major(dk), launch.token_major(dv), *grads
+        dq = launch.token_major(dq)
+    return dq, launch.token_major(dk), launch.token_major(dv), dmask
 
 
-def _lowering(q: Tensor, given: Lowering | None) -> Lowering:
-    if given is not None:
-        return given
+def _depth_backward(
+    lowering: Lowering,
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequence_grad_query: Tensor,
+    depth_k: _Slots,
+    depth_v: _Slots,
+    grads: tuple[Tensor, Tensor],
+    accumulate: bool,
+    scale: float,
+) -> Tensor:
+    """The query's whole gradient; fills or adds to grads, the slots' (keys, values)."""
+    first = (grad_out, q, out, lse, sequence_grad_query)
+    if lowering.name == "plain":
+        return plain.backward(*first, depth_k, depth_v, *grads, accumulate=accumulate, scale=scale)
+    slots = _slots(depth_k, depth_v)
+    return depth_backward.run(*first, slots, *grads, accumulate=accumulate, scale=scale)
+
+
+def _count(slots: _Slots) -> int:
+    return slots.shape[0] if isinstance(slots, Tensor) else len(slots)
+
+
+def _slots(depth_k: _Slots, depth_v: _Slots) -> slot_table.Slots:
+    if isinstance(depth_k, Tensor) and isinstance(depth_v, Tensor):
+        return slot_table.stacked(depth_k, depth_v)
+    return slot_table.table(list(depth_k), list(depth_v))
+
+
+def _lowering(q: Tensor, mask: Tensor | None, mask_gradient: bool = False) -> Lowering:
     if not q.is_cuda:  # Triton's interpreter
         return Lowering("split", "math", "Triton's interpreter: no fused attention on the CPU.")
-    capability = launch.capability(q)
     b, h, t, d = q.shape
-    return choose(device_type="cuda", dtype=q.dtype, head_dim=d, tokens=t, capability=capability)
+    return choose(
+        device_type="cuda",
+        dtype=q.dtype,
+        head_dim=d,
+        tokens=t,
+        capability=launch.capability(q),
+        masked=mask is not None,
+        mask_gradient=mask_gradient,
+    )
+
+
+def _merge_lowering(q: Tensor) -> Lowering:
+    # In Triton's interpreter q is on the CPU.
+    return choose_merge(device_type="cuda", dtype=q.dtype, head_dim=q.shape[-1])
 
 
 def _empty(x: Tensor) -> Tensor:

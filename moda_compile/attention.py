@@ -20,6 +20,7 @@ def moda_attention(
     depth_v: Tensor,
     *,
     is_causal: bool,
+    attn_mask: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def moda_attention(
 
     For query head h with KV head j = h // (Hq / Hk) (paper arXiv 2603.15619, section 3)::
 
-        z_seq[u]   = scale * q[t,h] . k[u,j]               u <= t if is_causal
+        z_seq[u]   = scale * q[t,h] . k[u,j] (+ mask)      u <= t if is_causal
         z_depth[i] = scale * q[t,h] . depth_k[i,t,j]       i in 0 .. S-1
         p          = softmax(concat(z_seq, z_depth))
         out[t,h]   = sum_u p_seq[u] v[u,j] + sum_i p_depth[i] depth_v[i,t,j]
@@ -38,6 +39,12 @@ def moda_attention(
         depth_k, depth_v: depth keys and values [S, B, Hk, T, d], any strides; S may be 0, which
             is plain attention.
         is_causal: whether token t attends to tokens u <= t only.
+        attn_mask: which token attends to which, broadcastable to [B, Hq, T, T]: bool (True
+            attends) or float16, bfloat16, float32 or float64 numbers that are added to z_seq.
+            It masks the sequence, never the slots, and may require a gradient. A row that it
+            leaves no key (all False or -inf) gives all its weight to the slots; without slots its
+            output is 0. On a GPU additive masks are rounded to q's dtype, as
+            `torch.nn.functional.scaled_dot_product_attention` would have them.
         scale: factor of every score; ``None`` means 1 / sqrt(d).
         return_lse: also return the log-sum-exp of all scores of a row.
 
@@ -46,13 +53,15 @@ def moda_attention(
         (float64 for float64 inputs), not differentiable. NaN in a row's inputs gives NaN there.
 
     Raises:
-        InputError: if shapes, dtypes or devices don't fit.
+        InputError: if shapes, dtypes or devices don't fit, or a mask comes with is_causal.
     """
     _check(q, k, v, depth_k, depth_v)
+    if attn_mask is not None:
+        _check_mask(q, attn_mask, bool(is_causal))
     factor = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     from moda_compile import stacked  # registers a triton_op, which loads Triton
 
-    out, lse = stacked.attention(q, k, v, depth_k, depth_v, bool(is_causal), factor)
+    out, lse = stacked.attention(q, k, v, depth_k, depth_v, bool(is_causal), factor, attn_mask)
     return (out, lse) if return_lse else out
 
 
@@ -86,4 +95,27 @@ def _check(q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor) ->
         raise InputError(
             f"depth_k, depth_v: got {tuple(depth_k.shape)} and {tuple(depth_v.shape)}, expected "
             f"both [S, B, Hk, T, d] = [S, {b}, {hk}, {t}, {d}]."
+        )
+
+
+def _check_mask(q: Tensor, mask: Tensor, is_causal: bool) -> None:
+    if is_causal:
+        raise InputError("got both is_causal=True and attn_mask; give one of them.")
+    if not isinstance(mask, Tensor):
+        raise InputError(f"attn_mask: got {type(mask).__name__}, expected a tensor or None.")
+    if mask.dtype not in (torch.bool, *_DTYPES):
+        raise InputError(
+            f"attn_mask: got {mask.dtype}, expected torch.bool (True attends) or numbers to add, "
+            f"out of {', '.join(str(d) for d in _DTYPES)}. Cast with .bool() or .to(dtype)."
+        )
+    if mask.device != q.device:
+        raise InputError(
+            f"attn_mask: on {mask.device}, but q is on {q.device}; move it with .to()."
+        )
+    b, hq, t, _ = q.shape
+    axes = zip(reversed(mask.shape), (t, t, hq, b), strict=False)
+    if mask.dim() > 4 or any(n not in (1, full) for n, full in axes):
+        raise InputError(
+            f"attn_mask: got {tuple(mask.shape)}, expected a shape that broadcasts to "
+            f"[B, Hq, T, T] = [{b}, {hq}, {t}, {t}]."
         )

@@ -1,17 +1,20 @@
 """The operators of a rewritten model, registered in the namespace ``moda_compile``.
 
-``depth_attention`` and its backward are the kernels; ``attend`` and ``write_slot`` are autograd on
-top of them, and what a rewritten model is made of. Nothing is copied into a depth
-buffer: the slots ARE the earlier layers' K and V. Instead of returning a gradient per (layer,
-slot) pair, which would be O(L^2) tensors, the layers pass on a *token*: a scalar zero expanded to
-the shape of the gradient accumulator G [N, 2, B, Hk, T, d], so it takes no memory. The token's
-gradient IS the accumulator:
+``depth_attention``, ``depth_merge`` and their backwards are the kernels; ``attend``, ``join`` and
+``write_slot`` are autograd on top of them, and what a rewritten model is made of: ``attend``
+computes an attention together with its depth slots, ``join`` adds the slots to one that something
+else computed and that told its log-sum-exp (FlexAttention). Nothing is copied into a depth buffer:
+the slots ARE the earlier layers' K and V. Instead of returning a gradient per (layer, slot) pair,
+which would be O(L^2) tensors, the layers pass on a *token*: a scalar zero expanded to the shape of
+the gradient accumulator G [N, 2, B, Hk, T, d], so it takes no memory. The token's gradient IS the
+accumulator:
 
     forward    t0 -> write_slot(0) -> attend(0) -> write_slot(1) -> attend(1) -> ... -> attend(L-1)
     backward   attend(L-1) allocates G = 0; each attend adds into the slots it has read, in place;
                write_slot(i) takes row i out, which is complete: every reader of i ran before.
 
-Each token is used once, so autograd never sums two accumulators.
+A join takes part as an attend does. Each token is used once, so autograd never sums two
+accumulators.
 """
 
 from __future__ import annotations
@@ -48,6 +51,47 @@ def _check_slots(
             )
     if hq == 0 or hk == 0 or hq % hk:
         raise InputError(f"depth_attention: {hq} heads are no multiple of {hk} KV heads.")
+
+
+def _check_mask(q: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+    """Refuse a mask that the kernels would read out of bounds, or could not mean."""
+    if mask is None:
+        return
+    b, hq, t, _ = q.shape
+    if is_causal:
+        raise InputError("depth_attention: got both is_causal=True and a mask; give one of them.")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(
+            f"depth_attention: got a mask of {mask.dtype}, expected bool (True attends) or a "
+            "floating point number to add. Cast with .bool() or .to(dtype)."
+        )
+    pairs = zip(reversed(mask.shape), (t, t, hq, b), strict=False)
+    if mask.dim() > 4 or any(n not in (1, full) for n, full in pairs):
+        raise InputError(
+            f"depth_attention: got a mask {tuple(mask.shape)}, expected one that broadcasts to "
+            f"[B, Hq, T, T] = {(b, hq, t, t)}."
+        )
+    if mask.device != q.device:
+        raise InputError(f"depth_attention: the mask is on {mask.device}, q on {q.device}.")
+
+
+def _check_merge(
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+) -> None:
+    """As `_check_slots`; the keys and values of the sequence are none of our business."""
+    if not depth_k:
+        raise InputError("depth_merge: got no depth slots, expected at least 1.")
+    _check_slots(q, depth_k[0], depth_v[0] if depth_v else depth_k[0], depth_k, depth_v)
+    if sequence_out.shape != q.shape or sequence_lse.shape != q.shape[:3]:
+        raise InputError(
+            f"depth_merge: got a sequence part {tuple(sequence_out.shape)} with an lse "
+            f"{tuple(sequence_lse.shape)}, expected {tuple(q.shape)} and {tuple(q.shape[:3])}, "
+            "as q is."
+        )
 
 
 def kernels_for(x: Tensor) -> ModuleType:
@@ -88,14 +132,22 @@ def depth_attention(
     depth_v: Sequence[Tensor],
     is_causal: bool,
     scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Joint attention; the slots are S separate tensors [B, Hk, T, d] of any strides."""
+    """Joint attention; the slots are S separate tensors [B, Hk, T, d] of any strides.
+
+    mask: bool (True attends) or added to the scores, broadcastable to [B, Hq, T, T]. It masks the
+    sequence only. A row that it leaves no key gives all its weight to the slots.
+    """
     _check_slots(q, k, v, depth_k, depth_v)
-    return kernels_for(q).forward(q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale)
+    _check_mask(q, mask, is_causal)
+    return kernels_for(q).forward(
+        q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale, mask=mask
+    )
 
 
 @depth_attention.register_fake
-def _(q, k, v, depth_k, depth_v, is_causal, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, depth_k, depth_v, is_causal, scale, mask=None):  # type: ignore[no-untyped-def]
     return token_major(q), _fake_lse(q)
 
 
@@ -112,23 +164,100 @@ def depth_attention_backward(
     accumulator: Tensor | None,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; the slots' gradients are added to accumulator[:S] [N, 2, B, Hk, T, d] in place.
+    mask: Tensor | None = None,
+    mask_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dmask; the slots' gradients are added to accumulator[:S] [N, 2, B, Hk, T, d].
 
-    ``accumulator`` may be ``None`` only if there are no slots.
+    ``accumulator`` may be ``None`` only if there are no slots. ``dmask`` has the mask's own shape
+    and dtype; without ``mask_gradient`` it is an empty tensor [0].
     """
     _check_slots(q, k, v, depth_k, depth_v)
-    return kernels_for(q).backward(
-        grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator, is_causal=is_causal, scale=scale
-    )
+    _check_mask(q, mask, is_causal)
+    *gradients, mask_grad = kernels_for(q).backward(
+        grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator,
+        is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
+    )  # fmt: skip
+    return *gradients, q.new_empty(0) if mask_grad is None else mask_grad
 
 
 @depth_attention_backward.register_fake
-def _(grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator, is_causal, scale):  # type: ignore[no-untyped-def]
-    return tuple(token_major(x) for x in (q, k, v))
+def _(  # type: ignore[no-untyped-def]
+    grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator, is_causal, scale,
+    mask=None, mask_gradient=False,
+):  # fmt: skip
+    return *(token_major(x) for x in (q, k, v)), fake_mask_gradient(q, mask, mask_gradient)
 
 
-# --- a rewritten model's two operators ----------------------------------------------------------
+def fake_mask_gradient(q: Tensor, mask: Tensor | None, wanted: bool) -> Tensor:
+    """What a kernel returns as the mask's gradient: like the mask, dense; [0] if not wanted."""
+    if mask is None or not wanted:
+        return q.new_empty(0)
+    return mask.new_empty(mask.shape)
+
+
+@torch.library.custom_op("moda_compile::depth_merge", mutates_args=())
+def depth_merge(
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The joint attention, given the sequence's share of it; S >= 1 slots [B, Hk, T, d].
+
+    sequence_out [B, Hq, T, d] is normalised by itself, sequence_lse [B, Hq, T] the natural
+    logarithm of its normaliser (-inf where no key was visible, and sequence_out then finite)::
+
+        lse = log(exp(sequence_lse) + sum_i exp(z_i)),    z_i = scale * q . depth_k[i]
+        out = exp(sequence_lse - lse) sequence_out + sum_i exp(z_i - lse) depth_v[i]
+    """
+    _check_merge(sequence_out, sequence_lse, q, depth_k, depth_v)
+    return kernels_for(q).merge(sequence_out, sequence_lse, q, depth_k, depth_v, scale=scale)
+
+
+@depth_merge.register_fake
+def _(sequence_out, sequence_lse, q, depth_k, depth_v, scale):  # type: ignore[no-untyped-def]
+    return token_major(q), _fake_lse(q)
+
+
+@torch.library.custom_op("moda_compile::depth_merge_backward", mutates_args=("accumulator",))
+def depth_merge_backward(
+    grad_out: Tensor,
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    accumulator: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d sequence_out, d sequence_lse and the slots' part of dq, given the joint out and lse.
+
+    The slots' gradients are added to accumulator[:S] [N, 2, B, Hk, T, d]. With
+    p_seq = exp(sequence_lse - lse) and do = grad_out::
+
+        d sequence_out = p_seq do;    d sequence_lse = p_seq (do . sequence_out - do . out)
+    """
+    _check_merge(sequence_out, sequence_lse, q, depth_k, depth_v)
+    return kernels_for(q).merge_backward(
+        grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, accumulator,
+        scale=scale,
+    )  # fmt: skip
+
+
+@depth_merge_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, accumulator, scale
+):
+    dlse = sequence_lse.new_empty(sequence_lse.shape)
+    return token_major(sequence_out), dlse, token_major(q)
+
+
+# --- a rewritten model's operators --------------------------------------------------------------
 
 
 def accumulator_dtype(dtype: torch.dtype, choice: str) -> torch.dtype:
@@ -144,6 +273,14 @@ def new_accumulator(key: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
 
 def _new_token(key: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     return key.new_zeros((), dtype=dtype).expand(slots, 2, *key.shape)
+
+
+def _writable(accumulator: Tensor | None, ctx: Any, key: Tensor) -> Tensor:
+    """The gradient that came in for the token, or zeros, as memory that can be added to."""
+    if accumulator is None:  # the last layer, or one that no later layer's loss reaches
+        return new_accumulator(key, ctx.slots, ctx.dtype)
+    # An expanded gradient has no memory to add to.
+    return accumulator.contiguous() if 0 in accumulator.stride() else accumulator
 
 
 class _WriteSlot(torch.autograd.Function):
@@ -164,13 +301,13 @@ class _WriteSlot(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, token, depth_k, depth_v, is_causal, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, q, k, v, token, depth_k, depth_v, is_causal, scale, mask):  # type: ignore[no-untyped-def]
         out, lse = torch.ops.moda_compile.depth_attention(
-            q, k, v, depth_k, depth_v, is_causal, scale
+            q, k, v, depth_k, depth_v, is_causal, scale, mask
         )
         ctx.set_materialize_grads(False)
         # The slots are other layers' saved K and V, so saving them here adds nothing.
-        ctx.save_for_backward(q, k, v, out, lse, *depth_k, *depth_v)
+        ctx.save_for_backward(q, k, v, out, lse, mask, *depth_k, *depth_v)
         ctx.slots, ctx.dtype = token.shape[0], token.dtype
         ctx.is_causal, ctx.scale = is_causal, scale
         return out, _new_token(k, ctx.slots, ctx.dtype)
@@ -179,24 +316,65 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out, accumulator):  # type: ignore[no-untyped-def]
         unused = (None,) * 4
-        q, k, v, out, lse, *slots = ctx.saved_tensors
+        q, k, v, out, lse, mask, *slots = ctx.saved_tensors
+        if grad_out is None:  # the loss misses this layer's output
+            return None, None, None, accumulator, *unused, None
+        depth_k, depth_v = slots[: len(slots) // 2], slots[len(slots) // 2 :]
+        if depth_k or accumulator is not None:
+            accumulator = _writable(accumulator, ctx, k)
+        *gradients, dmask = torch.ops.moda_compile.depth_attention_backward(
+            grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator if depth_k else None,
+            ctx.is_causal, ctx.scale, mask, ctx.needs_input_grad[8],
+        )  # fmt: skip
+        accumulator = accumulator if ctx.needs_input_grad[3] else None
+        return *gradients, accumulator, *unused, dmask if ctx.needs_input_grad[8] else None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sequence_out, sequence_lse, q, token, depth_k, depth_v, scale):  # type: ignore[no-untyped-def]
+        out, lse = torch.ops.moda_compile.depth_merge(
+            sequence_out, sequence_lse, q, depth_k, depth_v, scale
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sequence_out, sequence_lse, q, out, lse, *depth_k, *depth_v)
+        ctx.slots, ctx.dtype, ctx.scale = token.shape[0], token.dtype, scale
+        return out, _new_token(depth_k[0], ctx.slots, ctx.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out, accumulator):  # type: ignore[no-untyped-def]
+        unused = (None,) * 3
         if grad_out is None:  # the loss misses this layer's output
             return None, None, None, accumulator, *unused
+        sequence_out, sequence_lse, q, out, lse, *slots = ctx.saved_tensors
         depth_k, depth_v = slots[: len(slots) // 2], slots[len(slots) // 2 :]
-        if depth_k and accumulator is None:
-            accumulator = new_accumulator(k, ctx.slots, ctx.dtype)
-        if accumulator is not None and 0 in accumulator.stride():
-            accumulator = accumulator.contiguous()  # an expanded gradient has no memory to add to
-        gradients = torch.ops.moda_compile.depth_attention_backward(
-            grad_out, q, k, v, depth_k, depth_v, out, lse,
-            accumulator if depth_k else None, ctx.is_causal, ctx.scale,
+        accumulator = _writable(accumulator, ctx, depth_k[0])
+        gradients = torch.ops.moda_compile.depth_merge_backward(
+            grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, accumulator,
+            ctx.scale,
         )  # fmt: skip
         return *gradients, accumulator if ctx.needs_input_grad[3] else None, *unused
 
 
-def _attend(q, k, v, token, depth_k, depth_v, is_causal, scale):  # type: ignore[no-untyped-def]
-    out, _ = torch.ops.moda_compile.depth_attention(q, k, v, depth_k, depth_v, is_causal, scale)
+# The dispatcher leaves out arguments that have their default value, so `attend` comes with or
+# without a mask, but an autograd.Function returns one gradient for each argument it was given.
+def _attend_autograd(q, k, v, token, depth_k, depth_v, is_causal, scale, mask=None):  # type: ignore[no-untyped-def]
+    return _Attend.apply(q, k, v, token, depth_k, depth_v, is_causal, scale, mask)
+
+
+def _attend(q, k, v, token, depth_k, depth_v, is_causal, scale, mask=None):  # type: ignore[no-untyped-def]
+    out, _ = torch.ops.moda_compile.depth_attention(
+        q, k, v, depth_k, depth_v, is_causal, scale, mask
+    )
     return out, _new_token(k, token.shape[0], token.dtype)
+
+
+def _join(sequence_out, sequence_lse, q, token, depth_k, depth_v, scale):  # type: ignore[no-untyped-def]
+    out, _ = torch.ops.moda_compile.depth_merge(
+        sequence_out, sequence_lse, q, depth_k, depth_v, scale
+    )
+    return out, _new_token(depth_k[0], token.shape[0], token.dtype)
 
 
 def _write_slot(token, key, value, slot, slots, dtype):  # type: ignore[no-untyped-def]
@@ -207,15 +385,20 @@ def _write_slot(token, key, value, slot, slots, dtype):  # type: ignore[no-untyp
 _library = torch.library.Library("moda_compile", "FRAGMENT")
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor token, Tensor[] depth_k, Tensor[] depth_v, "
-    "bool is_causal, float scale) -> (Tensor, Tensor)"
+    "bool is_causal, float scale, Tensor? mask=None) -> (Tensor, Tensor)"
+)
+_library.define(
+    "join(Tensor sequence_out, Tensor sequence_lse, Tensor q, Tensor token, Tensor[] depth_k, "
+    "Tensor[] depth_v, float scale) -> (Tensor, Tensor)"
 )
 _library.define(
     "write_slot(Tensor? token, Tensor key, Tensor value, int slot, int slots, ScalarType dtype) "
     "-> Tensor"
 )
 for _name, _plain, _function in (
-    ("attend", _attend, _Attend),
-    ("write_slot", _write_slot, _WriteSlot),
+    ("attend", _attend, _attend_autograd),
+    ("join", _join, _Join.apply),
+    ("write_slot", _write_slot, _WriteSlot.apply),
 ):
-    _library.impl(_name, _function.apply, "Autograd")
+    _library.impl(_name, _function, "Autograd")
     _library.impl(_name, _plain, "CompositeExplicitAutograd")

@@ -29,13 +29,17 @@ def attention(
     depth_v: Tensor,
     is_causal: bool,
     scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Joint attention; the slots are one tensor [S, B, Hk, T, d] of any strides."""
+    """Joint attention; the slots are one tensor [S, B, Hk, T, d] of any strides.
+
+    mask: of the sequence, bool or additive, broadcastable to [B, Hq, T, T].
+    """
     if q.device.type == "cuda":
         return kernels_for(q).forward_stacked(
-            q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale
+            q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale, mask=mask
         )
-    return depth_attention(q, k, v, depth_k.unbind(0), depth_v.unbind(0), is_causal, scale)
+    return depth_attention(q, k, v, depth_k.unbind(0), depth_v.unbind(0), is_causal, scale, mask)
 
 
 @torch.library.triton_op("moda_compile::attention_backward", mutates_args=())
@@ -50,32 +54,38 @@ def attention_backward(
     lse: Tensor,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the slots' gradients [S, B, Hk, T, d]."""
+    mask: Tensor | None = None,
+    mask_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, the slots' gradients [S, B, Hk, T, d], and the mask's ([0] if not wanted)."""
     if q.device.type == "cuda":
-        return kernels_for(q).backward_stacked(
-            grad_out, q, k, v, depth_k, depth_v, out, lse, is_causal=is_causal, scale=scale
-        )
+        *gradients, dmask = kernels_for(q).backward_stacked(
+            grad_out, q, k, v, depth_k, depth_v, out, lse,
+            is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
+        )  # fmt: skip
+        return *gradients, q.new_empty(0) if dmask is None else dmask
     slots = depth_k.unbind(0), depth_v.unbind(0)
     accumulator = new_accumulator(k, len(slots[0]), accumulator_dtype(k.dtype, "float32"))
-    dq, dk, dv = depth_attention_backward(
-        grad_out, q, k, v, *slots, out, lse, accumulator, is_causal, scale
+    dq, dk, dv, dmask = depth_attention_backward(
+        grad_out, q, k, v, *slots, out, lse, accumulator, is_causal, scale, mask, mask_gradient
     )
     ddk, ddv = (accumulator[:, i].to(k.dtype, copy=True) for i in (0, 1))
-    return dq, dk, dv, ddk, ddv
+    return dq, dk, dv, ddk, ddv, dmask
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.is_causal, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.is_causal, ctx.scale, mask = inputs
+    ctx.mask_gradient = mask is not None and mask.requires_grad
+    ctx.save_for_backward(*tensors, *output, mask)
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.moda_compile.attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.is_causal, ctx.scale
+    *saved, mask = ctx.saved_tensors
+    *gradients, dmask = torch.ops.moda_compile.attention_backward(
+        grad_out, *saved, ctx.is_causal, ctx.scale, mask, ctx.mask_gradient
     )
-    return *gradients, None, None
+    return *gradients, None, None, dmask if ctx.mask_gradient else None
 
 
 attention.register_autograd(_attention_gradient, setup_context=_save_attention)

@@ -33,11 +33,22 @@ def make(
 
 
 def run(
-    function: Callable[..., Any], tensors: list[Tensor], **options: Any
+    function: Callable[..., Any],
+    tensors: list[Tensor],
+    *,
+    attn_mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """out, lse and the five gradients of a fixed random projection of out, all in float64."""
+    """out, lse and the gradients of a fixed random projection of out, all in float64.
+
+    The gradients are those of the five tensors, and of the mask if it requires one.
+    """
     leaves = [x.detach().requires_grad_() for x in tensors]
+    if attn_mask is not None:
+        options["attn_mask"] = attn_mask
     out, lse = function(*leaves, **options)
+    if attn_mask is not None and attn_mask.requires_grad:
+        leaves.append(attn_mask)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(tensors[0].dtype)
     gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype), allow_unused=True)
@@ -54,6 +65,9 @@ def check(tensors: list[Tensor], **options: Any) -> None:
     """Forward, lse and every gradient against the oracle in float64 on the very same inputs."""
     dtype = tensors[0].dtype
     got = run(moda, tensors, **options)
+    mask = options.get("attn_mask")
+    if mask is not None and mask.dtype != torch.bool:
+        options["attn_mask"] = mask.detach().double().requires_grad_(mask.requires_grad)
     exact = run(moda_attention_reference, [x.double() for x in tensors], **options)
     compare(got, exact, dtype)
 
@@ -63,17 +77,63 @@ def compare(got: Any, exact: Any, dtype: torch.dtype) -> None:
 
     8: p, dz, the sequence part, the merged result, and each once more where Hq heads or T tokens
     are summed in another order than the oracle's. 2 max|lse|: a score z and lse each have an error
-    of eps * |z|, and p = exp(z - lse) has both as relative error. lse is float32 at least.
+    of eps * |z|, and p = exp(z - lse) has both as relative error. A mask's gradient is a sum over
+    the n scores that share an element: sqrt(n) times that. lse is float32 at least, but ATen's
+    exponential for 16-bit inputs is good to 1e-4 on a CPU. Where the exact lse is -inf, so must be
+    the other.
     """
-    pairs = zip(("out", "lse", *NAMES), (*got[:2], *got[2]), (*exact[:2], *exact[2]), strict=True)
-    scores = exact[1].abs().max().item() if exact[1].numel() else 0.0
+    b, heads, t, _ = exact[0].shape
+    names = ("out", "lse", *NAMES, "mask")[: 2 + len(exact[2])]
+    pairs = zip(names, (*got[:2], *got[2]), (*exact[:2], *exact[2]), strict=True)
+    live = exact[1].isfinite()
+    scores = exact[1][live].abs().max().item() if live.any() else 0.0
     for name, x, y in pairs:
         assert x.shape == y.shape, name
         wide = torch.promote_types(dtype, torch.float32)
         eps = torch.finfo(wide if name == "lse" else dtype).eps
+        if name == "lse":
+            assert torch.equal(x[~live], y[~live])
+            x, y = x[live], y[live]
         if y.numel():
             error, largest = (x - y).abs().max().item(), max(y.abs().max().item(), 1.0)
-            assert error <= (8 + 2 * scores) * eps * largest, (name, error, largest)
+            if name == "mask":
+                largest *= math.sqrt(b * heads * t * t / y.numel())
+            slack = 2e-4 if name == "lse" and dtype != wide else 0.0
+            assert error <= (8 + 2 * scores) * eps * largest + slack, (name, error, largest)
+
+
+def visible(kind: str, b: int, heads: int, t: int) -> Tensor:
+    """A bool mask (True attends) that broadcasts to [B, Hq, T, T], of a kind that models have."""
+    row, column = torch.arange(t)[:, None], torch.arange(t)[None, :]
+    batch = torch.arange(b)[:, None, None, None]
+    causal = column <= row
+    if kind == "causal":
+        return causal
+    if kind == "window":
+        return causal & (row - column < 3)
+    if kind == "prefix":
+        return (causal | (column < 4))[None]
+    if kind == "right padding":  # nobody sees the padding; it sees the tokens
+        return (column < t - 2 * batch).reshape(b, 1, 1, t)
+    if kind == "left padding":  # with causality: the padding's own rows see nothing
+        return causal & (column >= 2 * batch + 1)
+    if kind == "packed":  # documents of three tokens, the batch entries out of step
+        return (row + batch) // 3 == (column + batch) // 3
+    if kind == "head by head":
+        return causal & ((row - column) % (1 + torch.arange(heads)[:, None, None]) == 0)
+    if kind == "expanded":
+        return (causal & (column >= batch)).expand(b, heads, t, t)
+    if kind == "rows":
+        return (row % 3 != 1)[None, None]
+    if kind == "nothing":
+        return torch.tensor(False)
+    raise ValueError(kind)
+
+
+KINDS = (
+    "causal", "window", "prefix", "right padding", "left padding", "packed", "head by head",
+    "expanded", "rows", "nothing",
+)  # fmt: skip
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -89,3 +149,17 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
         "token major": token_major,
         "offset": offset,
     }
+
+
+class Largest:
+    """The largest single allocation on the CPU, ATen's own scratch memory included."""
+
+    def __enter__(self) -> Largest:
+        self.profile = torch.profiler.profile(profile_memory=True)
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.profile.__exit__(*exception)
+        events = self.profile.profiler.kineto_results.events()
+        self.bytes = max(e.nbytes() for e in events if e.name() == "[memory]")

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from moda_compile.kernels import sequence as sequence_kernels  # noqa: E402
 from moda_compile.kernels import split  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,7 +31,15 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "d_depth_k", "d_depth_v")
 
 
 def oracle(
-    q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor, *, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth_k: Tensor,
+    depth_v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition (arXiv 2603.15619, section 3): one softmax over the concatenated scores.
 
@@ -42,6 +51,8 @@ def oracle(
     z_seq = torch.einsum("bhtd,bhud->bhtu", q, k) * scale
     if causal:
         z_seq = z_seq.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -math.inf)
+    if mask is not None:
+        z_seq = z_seq.masked_fill(~mask, -math.inf)
     z_depth = torch.einsum("bhtd,sbhtd->bhts", q, depth_k) * scale
     z = torch.cat([z_seq, z_depth], -1)
     p = z.softmax(-1)
@@ -100,6 +111,13 @@ def cases() -> Iterator[dict[str, Any]]:
     for s, dtype in ((1, "fp32"), (5, "bf16"), (35, "fp16")):
         yield base | dict(mode="list", dtype=dtype, acc="fp32", s=s, mixed=True, t=3, b=2)
     yield base | dict(mode="list", dtype="bf16", acc="fp32", s=35, t=3)
+    # A mask with rows that see no key, and the depth part alone, given the sequence part.
+    masked = dict(mask=True, causal=False, b=2, acc="fp32")
+    for dtype in DTYPES:
+        yield base | masked | dict(mode="list", dtype=dtype)
+        yield base | masked | dict(mode="stacked", dtype=dtype)
+        yield base | masked | dict(mode="merge", dtype=dtype)
+        yield base | masked | dict(mode="merge", dtype=dtype, layout="dim_major", s=17, g=3)
     # Scores far below and above zero: nothing may overflow, in live or in padded slots.
     for mode in ("list", "stacked"):
         yield base | dict(mode=mode, dtype="fp32", acc="fp32", shift=40.0)
@@ -127,40 +145,51 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if "shift" in case:
         slots = [x + case["shift"] / (8.0 * d * scale) for x in slots[:s]] + slots[s:]
     depth_k, depth_v = slots[:s], slots[s:]
+    mask = None
+    if case.get("mask"):  # the first two rows see nothing, the others what is not behind them
+        mask = torch.ones(t, t, dtype=torch.bool).tril(-2)
+    options: dict[str, Any] = dict(is_causal=causal, scale=scale, mask=mask)
     empty = torch.empty(0, b, hk, t, d, dtype=dtype)
     stack_k = torch.stack(depth_k) if s else empty
     stack_v = torch.stack(depth_v) if s else empty
     grad = strided((b, hq, t, d), "head_major", dtype, draw)
 
-    if case["mode"] == "list":
+    if case["mode"] != "stacked":
         # Two rows more than slots, and other contents than zero: += is told from =, and the rows
         # past the last slot must keep their bits.
         before = draw(s + 2, 2, b, t, hk, d).to(acc_dtype).transpose(3, 4)
         if layout == "dim_major":
             before = draw(s + 2, 2, b, hk, d, t).to(acc_dtype).mT
         acc = before.clone(memory_format=torch.preserve_format)
-        out, lse = split.forward(q, k, v, depth_k, depth_v, is_causal=causal, scale=scale)
-        dq, dk, dv = split.backward(
-            grad, q, k, v, depth_k, depth_v, out, lse, acc, is_causal=causal, scale=scale
-        )
+        if case["mode"] == "list":
+            out, lse = split.forward(q, k, v, depth_k, depth_v, **options)
+            saved = (grad, q, k, v, depth_k, depth_v, out, lse, acc)
+            dq, dk, dv, _ = split.backward(*saved, **options)
+        else:
+            own = sequence_kernels.forward("math", q, k, v, **options)
+            out, lse = split.merge(*own, q, depth_k, depth_v, scale=scale)
+            merged = (grad, *own, q, depth_k, depth_v, out, lse, acc)
+            dq, dk, dv = through_the_lse(
+                q, k, v, mask, scale, *split.merge_backward(*merged, scale=scale)
+            )
         untouched = torch.equal(acc[s:], before[s:])
         gains = (acc[:s].double(), before[:s].double())
     else:
         args = (q, k, v, stack_k, stack_v)
-        out, lse = split.forward_stacked(*args, is_causal=causal, scale=scale)
-        dq, dk, dv, d_depth_k, d_depth_v = split.backward_stacked(
-            grad, *args, out, lse, is_causal=causal, scale=scale
+        out, lse = split.forward_stacked(*args, **options)
+        dq, dk, dv, d_depth_k, d_depth_v, _ = split.backward_stacked(
+            grad, *args, out, lse, **options
         )
         untouched = True
 
     def reference(compute: torch.dtype) -> list[Tensor]:
         leaves = [x.to(compute).requires_grad_() for x in (q, k, v, stack_k, stack_v)]
-        exact, exact_lse = oracle(*leaves, causal=causal, scale=scale)
+        exact, exact_lse = oracle(*leaves, causal=causal, scale=scale, mask=mask)
         grads = torch.autograd.grad(exact, leaves, grad.to(compute))
         return [exact.detach(), exact_lse.detach(), *grads]
 
     exact, eager = reference(torch.float64), reference(dtype)
-    if case["mode"] == "list":
+    if case["mode"] != "stacked":
         # Compare the sums: what a float32 or 16-bit accumulator can hold of before + gradient.
         after, start = gains
         got = [out, lse, dq, dk, dv, after[:, 0], after[:, 1]]
@@ -176,6 +205,29 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "token_major": token_major,
         "dtypes": [str(x.dtype) for x in (out, lse, dq, dk, dv)],
     }
+
+
+def through_the_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    depth_grad_query: Tensor,
+) -> list[Tensor]:
+    """dq, dk, dv of the whole attention: autograd through a sequence part that is not ours."""
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    # Rows without a key get finite scores here; the gradients that come for them are 0.
+    group = q.shape[1] // k.shape[1]
+    z = torch.einsum("bhtd,bhud->bhtu", wide[0], wide[1].repeat_interleave(group, 1)) * scale
+    if mask is not None:
+        z = z.masked_fill(~mask, -1e3)
+    out, lse = z.softmax(-1) @ wide[2].repeat_interleave(group, 1), z.logsumexp(-1)
+    made = torch.autograd.grad([out, lse], wide, [grad_out.double(), grad_lse.double()])
+    made = (made[0] + depth_grad_query.double(), *made[1:])
+    return [x.transpose(1, 2).contiguous().transpose(1, 2).to(q.dtype) for x in made]
 
 
 def poison_new_memory() -> None:

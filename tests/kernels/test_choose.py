@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moda_compile import kernels
-from moda_compile.kernels import Lowering, available_sequence_kernels, choose
+from moda_compile.kernels import Lowering, available_sequence_kernels, choose, choose_merge
 
 ALL = frozenset({"cudnn", "flash", "efficient"})
 
@@ -48,11 +48,38 @@ def pick(**changes: Any) -> Lowering:
         ({"dtype": torch.float16, "capability": (7, 5)}, "split", "efficient", "capability 8.0"),
         ({"capability": (7, 5)}, "split", "math", "bfloat16 needs capability 8.0"),
         ({"device_type": "cpu"}, "cpu", "flash", "'cpu'"),
+        ({"masked": True}, "split", "efficient", "cudnn: takes no mask; not flash: takes no mask"),
+        ({"masked": True, "mask_gradient": True}, "split", "efficient", "capability 9.0"),
+        ({"masked": True, "head_dim": 256}, "split", "efficient", "takes no mask"),
+        ({"masked": True, "tokens": 1}, "split", "efficient", "takes no mask"),
+        ({"masked": True, "available": ALL - {"efficient"}}, "split", "math", "efficient: not"),
+        ({"masked": True, "dtype": torch.float64}, "plain", "math", "float64"),
+        ({"masked": True, "device_type": "cpu"}, "cpu", "flash", "slots by PyTorch."),
+        (
+            {"masked": True, "mask_gradient": True, "device_type": "cpu"},
+            *("cpu", "flash", "the mask's gradient by T x T scores"),
+        ),
     ],
 )
 def test_choice(changes: dict[str, Any], name: str, sequence: str, reason: str) -> None:
     lowering = pick(**changes)
     assert (lowering.name, lowering.sequence) == (name, sequence)
+    assert reason in lowering.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "reason"),
+    [
+        ({}, "split", "the attention's own out and lse"),
+        ({"dtype": torch.float64}, "plain", "float64"),
+        ({"head_dim": 257}, "plain", "exceeds 256"),
+        ({"device_type": "cpu"}, "cpu", "'cpu'"),
+    ],
+)
+def test_choice_for_a_given_sequence_part(changes: dict[str, Any], name: str, reason: str) -> None:
+    usual: dict[str, Any] = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64)
+    lowering = choose_merge(**(usual | changes))
+    assert (lowering.name, lowering.sequence) == (name, "given")
     assert reason in lowering.reason
 
 

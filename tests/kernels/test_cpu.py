@@ -85,7 +85,8 @@ def test_forward_and_backward(
     else:  # ATen's exponential for low precision is good to 1e-4, far below the dtype's own eps
         torch.testing.assert_close(lse.double(), expected[1], rtol=0, atol=2e-4)
     accumulator = new_accumulator(slots + 1, wide)
-    gradients = cpu.backward(grad, *tensors, out, lse, accumulator, **options)
+    *gradients, dmask = cpu.backward(grad, *tensors, out, lse, accumulator, **options)
+    assert dmask is None
     for got, right in zip(gradients, expected[2:5], strict=True):
         assert got.dtype == dtype
         close(got, right, dtype)
@@ -135,7 +136,7 @@ def test_layout_of_the_results() -> None:
         options: dict[str, Any] = {"is_causal": True, "scale": SCALE}
         out, lse = cpu.forward(q, k, v, depth_k, depth_v, **options)
         accumulator = new_accumulator(S, torch.float64)
-        made = cpu.backward(q, q, k, v, depth_k, depth_v, out, lse, accumulator, **options)
+        *made, _ = cpu.backward(q, q, k, v, depth_k, depth_v, out, lse, accumulator, **options)
         assert lse.is_contiguous()
         for x in (out, *made):
             assert x.transpose(1, 2).is_contiguous()
@@ -151,16 +152,25 @@ class FreshMemoryIsNaN(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("slots", [0, S])
-def test_nothing_unwritten_is_read(slots: int) -> None:
+def test_nothing_unwritten_is_read(slots: int, masked: bool) -> None:
     tensors = inputs(slots=slots)
     copies = [x.clone() for x in (*tensors[:3], *tensors[3], *tensors[4])]
-    options: dict[str, Any] = {"is_causal": True, "scale": SCALE}
+    options: dict[str, Any] = {"is_causal": not masked, "scale": SCALE}
+    if masked:  # the first two rows see nothing
+        options["mask"] = normal(1, HK * G, T, T, seed=7).masked_fill(
+            ~torch.ones(T, T, dtype=torch.bool).tril(-2), -math.inf
+        )
     accumulators = [new_accumulator(S, torch.float64) for _ in range(2)]
 
     def run(accumulator: Tensor) -> list[Tensor]:
         out, lse = cpu.forward(*tensors, **options)
-        return [out, lse, *cpu.backward(out, *tensors, out, lse, accumulator, **options)]
+        *gradients, dmask = cpu.backward(
+            out, *tensors, out, lse, accumulator, **options, mask_gradient=masked
+        )
+        assert (dmask is not None) == masked
+        return [out, lse, *gradients, *([dmask] if masked else [])]
 
     plain = run(accumulators[0])
     with FreshMemoryIsNaN():
@@ -191,5 +201,5 @@ def test_empty(shape: tuple[int, ...]) -> None:
     accumulator = q.new_zeros(1, 2, *shape)
     assert all(
         x.shape == q.shape
-        for x in cpu.backward(q, q, q, q, [q], [q], out, lse, accumulator, **options)
+        for x in cpu.backward(q, q, q, q, [q], [q], out, lse, accumulator, **options)[:3]
     )

@@ -28,7 +28,12 @@ B, HQ, HK, T, S = 2, 4, 2, 10, 3
 
 
 def trace(
-    sequence: str, dtype: torch.dtype, head_dim: int, slots: int, symbolic: bool = False
+    sequence: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    slots: int,
+    symbolic: bool = False,
+    masked: torch.dtype | None = None,
 ) -> tuple[GraphModule, GraphModule, list[Tensor], list[Tensor]]:
     """Graphs and (fake) results of forward_stacked and backward_stacked."""
     lowering = Lowering("split", sequence, "named by the test")
@@ -51,10 +56,16 @@ def trace(
         ]
         grad = torch.empty(B, HQ, tokens, head_dim, device="cuda", dtype=dtype)
         inputs = (q, k, v, *depth)
+        backward_options = dict(options)
+        if masked is not None:
+            mask = torch.empty(1, HQ, tokens, tokens, device="cuda", dtype=masked)
+            options |= dict(is_causal=False, mask=mask)
+            backward_options = options | dict(mask_gradient=masked != torch.bool)
         forward = make_fx(lambda *x: split.forward_stacked(*x, **options))(*inputs)
         out = list(split.forward_stacked(*inputs, **options))
-        backward = make_fx(lambda *x: split.backward_stacked(*x, **options))(grad, *inputs, *out)
-        grads = list(split.backward_stacked(grad, *inputs, *out, **options))
+        saved = (grad, *inputs, *out)
+        backward = make_fx(lambda *x: split.backward_stacked(*x, **backward_options))(*saved)
+        grads = list(split.backward_stacked(*saved, **backward_options))
     return forward, backward, out, grads
 
 
@@ -71,7 +82,8 @@ def launches(graph: GraphModule) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 76])
 def test_traces_with_fake_cuda_tensors(sequence: str, dtype: torch.dtype, head_dim: int) -> None:
-    forward, backward, (out, lse), grads = trace(sequence, dtype, head_dim, S)
+    forward, backward, (out, lse), (*grads, dmask) = trace(sequence, dtype, head_dim, S)
+    assert dmask is None
     assert len(launches(forward)) == 1
     assert len(launches(backward)) == 1
     assert (out.shape, out.dtype) == ((B, HQ, T, head_dim), dtype)
@@ -93,9 +105,33 @@ def test_without_slots_it_is_the_sequence_part_alone(sequence: str) -> None:
     assert grads[3].shape == (0, B, HK, T, 64)
 
 
-@pytest.mark.parametrize("sequence", SEQUENCES)
-def test_traces_with_symbolic_sizes(sequence: str) -> None:
-    forward, backward, _, _ = trace(sequence, torch.bfloat16, 64, S, symbolic=True)
+@pytest.mark.parametrize("sequence", ["efficient", "math"])
+@pytest.mark.parametrize("slots", [0, S])
+@pytest.mark.parametrize("masked", [torch.bool, torch.bfloat16, torch.float32], ids=str)
+def test_traces_with_a_mask(sequence: str, masked: torch.dtype, slots: int) -> None:
+    forward, backward, (out, _), (*grads, dmask) = trace(
+        sequence, torch.bfloat16, 64, slots, masked=masked
+    )
+    assert len(launches(forward)) == len(launches(backward)) == (slots > 0)
+    assert all(x.transpose(-3, -2).is_contiguous() for x in (out, *grads))
+    if masked == torch.bool:
+        assert dmask is None
+    else:
+        assert (dmask.shape, dmask.dtype) == ((1, HQ, T, T), masked)
+
+
+@pytest.mark.parametrize("sequence", ["cudnn", "flash"])
+def test_a_kernel_that_takes_no_mask_is_not_given_one(sequence: str) -> None:
+    with pytest.raises(ValueError, match=f"{sequence} attention takes no mask"):
+        trace(sequence, torch.bfloat16, 64, S, masked=torch.bool)
+
+
+SYMBOLIC = [(x, None) for x in SEQUENCES] + [("efficient", torch.bool), ("math", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("sequence", "masked"), SYMBOLIC)
+def test_traces_with_symbolic_sizes(sequence: str, masked: torch.dtype | None) -> None:
+    forward, backward, _, _ = trace(sequence, torch.bfloat16, 64, S, symbolic=True, masked=masked)
     for graph in (forward, backward):
         (launch_arguments,) = launches(graph)
         assert isinstance(launch_arguments["kwargs"]["tokens"], Node)  # not a number

@@ -1,0 +1,24 @@
+"""What of the joint softmax's gradient belongs to a sequence part that something else computed.
+
+No Triton: CPUs use this too.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def sequence_gradients(
+    grad_out: Tensor, sequence_out: Tensor, sequence_lse: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a sequence part's out [B, Hq, T, d] and lse [B, Hq, T] from the joint ones.
+
+    d o_seq = p_seq do;  d lse_seq = p_seq (do . o_seq - do . o);  p_seq = exp(lse_seq - lse)
+    """
+    compute = lse.dtype
+    grad = grad_out.to(compute)
+    p = (sequence_lse.to(compute) - lse).exp()
+    dlse = p * (grad * (sequence_out.to(compute) - out.to(compute))).sum(-1)
+    dout = (grad * p.unsqueeze(-1)).to(sequence_out.dtype)
+    token_major = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    return token_major, dlse.to(sequence_lse.dtype).contiguous()
