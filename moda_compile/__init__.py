@@ -13,6 +13,7 @@ from moda_compile.backend import Backend
 from moda_compile.config import MoDAConfig
 from moda_compile.convert import convert, explain, revert
 from moda_compile.errors import InputError, MoDAError, NotRewrittenError, RewriteError
+from moda_compile.patterns.registry import register_pattern
 from moda_compile.report import AttentionReport, Report
 
 __version__ = "0.1.0"
@@ -28,5 +29,6 @@ __all__ = [
     "convert",
     "explain",
     "moda_attention",
+    "register_pattern",
     "revert",
 ]

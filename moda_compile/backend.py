@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch._inductor
 from torch.fx import Graph, GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from moda_compile import fx, pipeline
 from moda_compile.config import MoDAConfig
@@ -77,6 +80,7 @@ class Backend:
         if plan.attentions and not plan.marks and plan.config.depth:
             self._check_whole(gm, plan)
         if self.compiler == "eager":
+            _checkpoint_eagerly(gm)
             return gm.forward
         if self.compiler == "aot_eager":
             aot = torch._dynamo.lookup_backend("aot_eager")
@@ -98,6 +102,58 @@ class Backend:
                 block=fx.module_path(node),
                 source=fx.source_line(node),
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """How a rewritten model is compiled.
+
+    Attributes:
+        backend: what compiles the rewritten graph.
+        mode, options: Inductor's.
+        dynamic: ``torch.compile``'s.
+
+    Raises:
+        InputError: for an unknown backend, mode or option, or Inductor's with another backend.
+    """
+
+    backend: Compiler = "inductor"
+    mode: str | None = None
+    options: dict[str, Any] | None = None
+    dynamic: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(Compiler):
+            raise InputError(
+                f"backend: got {self.backend!r}, expected one of {get_args(Compiler)}."
+            )
+        for name, given, known in (
+            ("mode", None if self.mode is None else [self.mode], torch._inductor.list_mode_options),
+            ("options", self.options, torch._inductor.list_options),
+        ):
+            if given is None:
+                continue
+            if self.backend != "inductor":
+                raise InputError(f"{name}: is Inductor's; got it for backend={self.backend!r}.")
+            unknown = sorted(set(given) - set(known()))
+            if unknown:
+                raise InputError(
+                    f"{name}: Inductor knows no {', '.join(unknown)}; see "
+                    f"torch._inductor.{known.__name__}()."
+                )
+
+    def compile(
+        self,
+        function: Callable[..., Any],
+        config: MoDAConfig,
+        *,
+        strict: bool,
+        attentions: int | None,
+    ) -> Callable[..., Any]:
+        """``function``, to be traced, rewritten and compiled in its first call."""
+        backend = Backend(config, compiler=self.backend, strict=strict, attentions=attentions)
+        chosen = functools.partial(backend, mode=self.mode, options=self.options)
+        return torch.compile(function, backend=chosen, dynamic=self.dynamic)
 
 
 def moda_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -131,6 +187,25 @@ def _split_by_ddp() -> bool:
     splits = torch._dynamo.config.optimize_ddp in (True, "ddp_optimizer")
     distributed = torch.distributed.is_available()
     return bool(splits and distributed and DistributedDataParallel._get_active_ddp_module())
+
+
+def _checkpoint_eagerly(gm: GraphModule) -> None:
+    """Have checkpoints draw the same random numbers again when they recompute.
+
+    The higher-order operator leaves that to AOTAutograd's partitioner, which does not run here.
+    """
+    for graph in (gm, *(inner for _, inner in fx.subgraphs(gm))):
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                node.target = _checkpoint
+        graph.recompile()
+
+
+def _checkpoint(body: GraphModule, *args: Any, **options: Any) -> Any:
+    context_fn = body.meta.get("_checkpoint_context_fn")
+    if context_fn is not None:
+        options["context_fn"] = context_fn
+    return checkpoint(body, *args, **{**options, "use_reentrant": False})
 
 
 def _inductor(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.fx import Node
 
 from moda_compile import capture, fx, pipeline
-from moda_compile.backend import Backend, Compiler
+from moda_compile.backend import Compilation, Compiler
 from moda_compile.config import MoDAConfig
 from moda_compile.errors import InputError, MoDAError, NotRewrittenError, RewriteError
 from moda_compile.markers import KEY_WEIGHT, VALUE_WEIGHT, Hold, Marker, Spec, remove_hooks
@@ -28,6 +30,10 @@ def convert(
     example_inputs: ExampleInputs | None = None,
     backend: Compiler = "inductor",
     strict: bool = True,
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
 ) -> Model:
     """Turn ``model`` into a Mixture-of-Depths Attention model, in place.
 
@@ -46,6 +52,10 @@ def convert(
         backend: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"``.
         strict: if False, attentions that can't be rewritten are left as they are; see
             :func:`explain` for which.
+        mode: Inductor's, such as ``"reduce-overhead"`` or ``"max-autotune"``.
+        options: of Inductor, on top of the mode's; see ``torch._inductor.list_options()``.
+        dynamic: as for ``torch.compile``: True takes every size as variable from the start, False
+            none; with ``None`` a size is, once it has changed.
 
     Returns:
         ``model`` itself. Converting it again with the same options changes nothing.
@@ -60,16 +70,22 @@ def convert(
         raise InputError(f"config: got {type(config).__name__}, expected a MoDAConfig.")
     if not isinstance(model, nn.Module):
         raise InputError(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
-    if backend not in get_args(Compiler):
-        raise InputError(f"backend: got {backend!r}, expected one of {get_args(Compiler)}.")
+    if isinstance(model, OptimizedModule):
+        raise InputError(
+            "model: got what torch.compile returned; pass the model itself (model._orig_mod): "
+            "a converted model is compiled in any case."
+        )
+    options = dict(options) if options else None
+    compilation = Compilation(backend=backend, mode=mode, options=options, dynamic=dynamic)
     args, kwargs = _arguments(example_inputs)
     existing = _conversion(model)
     if existing is not None:
-        if existing.options() == (config, backend, strict):
+        asked = (config, strict, compilation)
+        if (existing.config, existing.strict, existing.compilation) == asked:
             return model
         raise InputError(
-            f"the model is converted already, with {existing.options()}; call "
-            "moda_compile.revert(model) first."
+            f"the model is converted already, with {existing.config}, strict={existing.strict} and "
+            f"{existing.compilation}; call moda_compile.revert(model) first."
         )
     for path, module in model.named_modules():
         if _conversion(module) is not None:
@@ -79,7 +95,7 @@ def convert(
                 f"{path or 'the model'} is part of another, converted model, which would lose its "
                 "guards when this one is reverted; revert that one first."
             )
-    conversion = _Conversion(model, config, backend, strict)
+    conversion = _Conversion(model, config, compilation, strict)
     if example_inputs is not None:
         conversion.attach(args, kwargs)
     elif config.ffn_kv == "projected":
@@ -183,9 +199,11 @@ def _analyse(
             plans.append(plan)
     if len(plans) > 1:
         last = [*(a.node for a in plans[0].attentions), *(r.node for r in plans[0].refusals)][-1]
+        reason, place = capture.first_break(model, _forward_of(model), args, kwargs) or ("", None)
+        first = f" (The first break is at {place}: {reason}.)" if place is not None else ""
         raise RewriteError(
             f"the model's attentions are spread over {len(plans)} graphs: a graph break behind "
-            "this block cuts the stack, and depth KV can't cross it.",
+            f"this block cuts the stack, and depth KV can't cross it.{first}",
             fix="find the break with torch._dynamo.explain(model)(*inputs) and remove it.",
             block=fx.module_path(last),
             source=fx.source_line(last),
@@ -201,18 +219,15 @@ class _Conversion:
     """
 
     def __init__(
-        self, model: nn.Module, config: MoDAConfig, backend: Compiler, strict: bool
+        self, model: nn.Module, config: MoDAConfig, compilation: Compilation, strict: bool
     ) -> None:
-        self.model, self.config, self.backend, self.strict = model, config, backend, strict
+        self.model, self.config, self.strict = model, config, strict
+        self.compilation = compilation
         self.original = model.__dict__.get("forward")
         self.attentions: int | None = None  # unknown before the model has been looked at
         self.root_marker: Marker | None = None
         self.added: list[str] = []  # modules that gained parameters
         self._compiled: Callable[..., Any] | None = None
-
-    def options(self) -> tuple[MoDAConfig, str, bool]:
-        """What :func:`convert` was asked for."""
-        return self.config, self.backend, self.strict
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -240,17 +255,13 @@ class _Conversion:
         if self.attentions is None:
             self._attach_late(args, kwargs)
         if self._compiled is None:
-            backend = Backend(
-                self.config,
-                compiler=self.backend,
-                strict=self.strict,
-                attentions=self.attentions,
-            )
             traced = capture.entry(_forward_of(self.model), self.root_marker)
-            self._compiled = torch.compile(traced, backend=backend)
+            self._compiled = self.compilation.compile(
+                traced, self.config, strict=self.strict, attentions=self.attentions
+            )
         try:
             # DDP around the model would have Dynamo split the stack into one graph per bucket.
-            with torch._dynamo.config.patch(optimize_ddp=False):
+            with torch._dynamo.config.patch(optimize_ddp=False), capture.spelled_out():
                 return self._compiled(self.model, *args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, MoDAError):
@@ -268,7 +279,7 @@ class _Conversion:
                 module.register_parameter(name, weight)
         for path, marker in marks.items():
             if path:
-                self.model.get_submodule(path).register_forward_hook(marker)
+                _module(self.model, path).register_forward_hook(marker)
             else:
                 self.root_marker = marker
         self.added = [path for path, marker in marks.items() if marker.spec.ffn]
@@ -278,7 +289,7 @@ class _Conversion:
         """Take markers and parameters out again."""
         remove_hooks(self.model, Marker, Hold)
         for path in self.added:
-            module = self.model.get_submodule(path)
+            module = _module(self.model, path)
             del module._parameters[KEY_WEIGHT], module._parameters[VALUE_WEIGHT]
 
     def hold(self) -> None:
@@ -318,8 +329,8 @@ def _nothing_found(plan: Plan) -> RewriteError:
         return plan.refusals[0].error()
     return RewriteError(
         "no attention was found in the model's graph.",
-        fix="check with moda_compile.explain(model, *inputs); attention must be "
-        "F.scaled_dot_product_attention.",
+        fix="torch._dynamo.explain(model)(*inputs) shows what Dynamo skips; an attention that the "
+        "library does not know is taught with moda_compile.register_pattern.",
     )
 
 
@@ -332,19 +343,28 @@ def _additions(
     writers = [s for s in plan.slots if s.ffn is not None and plan.config.ffn_kv == "projected"]
     paths = [slot.ffn.path for slot in writers if slot.ffn is not None]
     parameters: dict[str, dict[str, nn.Parameter]] = {}
+    first: dict[str, Node] = {}
     for slot, path in zip(writers, paths, strict=True):
         assert slot.ffn is not None and slot.key is not None and slot.value is not None
-        up = slot.ffn.up
-        module = model.get_submodule(path)
-        if path == "" or len(set(paths)) != len(paths) or hasattr(module, KEY_WEIGHT):
+        module = _module(model, path)
+        if first.setdefault(path, slot.ffn.weight) is not slot.ffn.weight or path == "":
             raise RewriteError(
                 "this feed-forward network has no module of its own to hold its K/V projection.",
                 fix="put each FFN into an nn.Module of its own, or use ffn_kv='shared' or 'none'.",
                 block=path,
                 source=fx.source_line(slot.ffn.node),
             )
+        if path in parameters:
+            continue  # the same module, called once more
+        if hasattr(module, KEY_WEIGHT):
+            raise RewriteError(
+                f"this feed-forward network's module has an attribute {KEY_WEIGHT} already.",
+                fix="rename it, or use ffn_kv='shared' or 'none'.",
+                block=path,
+                source=fx.source_line(slot.ffn.node),
+            )
         width = int(fx.value(slot.ffn.input).shape[-1])
-        like = next(fx.value(n) for n in up.all_input_nodes if fx.is_parameter(n))
+        like = fx.value(slot.ffn.weight)
         parameters[path] = {
             KEY_WEIGHT: _new_weight(slot.key.width, width, like),
             VALUE_WEIGHT: _new_weight(slot.value.width, width, like),
@@ -359,7 +379,18 @@ def _additions(
             ffn=path in parameters,
         )
         marks[path] = Marker(spec)
-    return [(model.get_submodule(path), weights) for path, weights in parameters.items()], marks
+    return [(_module(model, path), weights) for path, weights in parameters.items()], marks
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise RewriteError(
+            f"the graph holds a module under the name {path!r}, which the model does not have: a "
+            "forward was replaced by a function that comes to its modules past self.",
+            fix="define that forward in the module's class.",
+        ) from None
 
 
 def _new_weight(rows: int, columns: int, like: Tensor) -> nn.Parameter:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
@@ -60,15 +64,59 @@ def arguments(node: Node, of: Callable[[Node], Any]) -> tuple[Any, Any]:
     return map_arg((node.args, node.kwargs), of)
 
 
+def values(arguments: Any) -> Any:
+    """Arguments of a call, nested as they are, each node in them replaced by its fake result."""
+    return map_arg(arguments, value)
+
+
 def is_parameter(node: Any) -> bool:
     """Whether ``node`` is a parameter of the model, or only a view or cast of parameters."""
-    while isinstance(node, Node) and calls(node, "t", "transpose", "to", "permute", "mT", "T"):
+    while isinstance(node, Node) and calls(node, *_PARAMETER_VIEWS):
         node = argument(node, 0, "input")
+    if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr"):
+        return False
+    if isinstance(value(node), torch.nn.Parameter):
+        return True
+    # torch.func.functional_call puts plain tensors where a module keeps its parameters.
+    source = getattr(getattr(node.meta.get("grapharg"), "source", None), "base", None)
+    return getattr(source, "member", None) == "_parameters"
+
+
+def is_weight(node: Any) -> bool:
+    """Whether ``node`` is a parameter, or computed from parameters only (a parametrization).
+
+    So is an input of the graph that a linear layer takes as its weight, Parameter or not. Of a few
+    operations at most: what is computed from activations is told by looking upstream.
+    """
+    todo, seen = [node], 0
+    while todo:
+        current = todo.pop()
+        seen += 1
+        if is_parameter(current) or _given_as_weight(current):
+            continue
+        if seen > _WEIGHT_OPERATIONS or not isinstance(current, Node):
+            return False
+        if not current.op.startswith("call") or not current.all_input_nodes:
+            return False
+        todo.extend(current.all_input_nodes)
+    return True
+
+
+_WEIGHT_OPERATIONS = 32
+
+
+def _given_as_weight(node: Any) -> bool:
     return (
         isinstance(node, Node)
-        and node.op in ("placeholder", "get_attr")
-        and isinstance(value(node), torch.nn.Parameter)
+        and node.op == "placeholder"
+        and any(
+            calls(user, "linear") and argument(user, 1, "weight") is node for user in node.users
+        )
     )
+
+
+_PARAMETER_VIEWS = ("t", "transpose", "to", "permute", "mT", "T", "narrow", "type", "float",
+                    "half", "bfloat16", "double", "type_as")  # fmt: skip
 
 
 # --- places in the user's code ------------------------------------------------------------------
@@ -83,12 +131,17 @@ def module_stack(node: Node) -> tuple[str, ...]:
     """
     stack = [""]
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        steps = _STEP.finditer(re.sub(r"^L\['\w+'\]", "", path))
-        dotted = ".".join(next(g for g in s.groups() if g is not None) for s in steps)
-        dotted = dotted.replace("__dict__.", "").replace("_modules.", "")
+        dotted = _dotted(path)
         if dotted and dotted != stack[-1]:
             stack.append(dotted)
     return tuple(stack)
+
+
+@functools.lru_cache(maxsize=1 << 14)  # all the nodes of a module share its path
+def _dotted(path: str) -> str:
+    steps = _STEP.finditer(re.sub(r"^L\['\w+'\]", "", path))
+    dotted = ".".join(next(g for g in s.groups() if g is not None) for s in steps)
+    return dotted.replace("__dict__.", "").replace("_modules.", "")
 
 
 def module_path(node: Node) -> str:
@@ -105,8 +158,12 @@ def source_line(node: Node) -> str | None:
     Frames of torch itself are skipped. ``None`` if Dynamo recorded no stack.
     """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f"{file}:{line}" for file, line in frames if "/torch/nn/" not in file]
-    return own[-1] if own else None
+    return own_place(f"{file}:{line}" for file, line in frames)
+
+
+def own_place(places: Iterable[str]) -> str | None:
+    """The last of these ``file:line`` that is not in torch itself."""
+    return next((p for p in reversed([*places]) if "/torch/nn/" not in p), None)
 
 
 # --- dataflow -----------------------------------------------------------------------------------
@@ -126,15 +183,25 @@ def subgraphs(gm: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
 def reach(nodes: Iterable[Node], sources: Iterable[Node]) -> dict[Node, int]:
     """For each of ``nodes`` (in order) a bit mask: bit i is set if it depends on source i.
 
-    A source depends on itself. One pass over the graph, whatever the number of sources.
+    A source depends on itself; what is read after a write in place depends on what was written.
+    One pass over the graph, whatever the number of sources.
     """
     bit = {source: 1 << i for i, source in enumerate(sources)}
     masks: dict[Node, int] = {}
+    owner: dict[Node, Node] = {}  # of the memory that a view shows
+    written: dict[Node, int] = {}  # into that memory, so far
     for node in nodes:
         mask = bit.get(node, 0)
         for used in node.all_input_nodes:
-            mask |= masks.get(used, 0)
+            mask |= masks.get(used, 0) | written.get(owner.get(used, used), 0)
         masks[node] = mask
+        first = node.args[0] if node.args else None
+        if isinstance(first, Node):
+            root = owner.get(first, first)
+            if writes(node):
+                written[root] = written.get(root, 0) | mask
+            if is_view(node):
+                owner[node] = root
     return masks
 
 
@@ -152,32 +219,73 @@ def upstream(node: Node, stop: Callable[[Node], bool]) -> list[Node]:
     return list(seen)
 
 
-_VIEWS = ("getitem", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "narrow",
-          "select", "expand", "diagonal", "t", "flatten", "unflatten", "chunk", "split",
-          "swapaxes", "mT")  # fmt: skip
+_VIEWS = ("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "narrow",
+          "select", "expand", "diagonal", "t", "flatten", "unflatten", "chunk", "split", "unbind",
+          "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "T", "view_as", "expand_as",
+          "tensor_split", "split_with_sizes", "detach", "contiguous", "to", "float",
+          "type_as")  # fmt: skip
+
+
+def is_view(node: Node) -> bool:
+    """Whether ``node`` may show its first argument's memory, as ``x.t()`` and ``x.add_(y)`` do.
+
+    ``x[i]`` with a tensor i is a copy.
+    """
+    if calls(node, "getitem"):
+        return not any(map(is_tensor, node.all_input_nodes[1:]))
+    if node.target is getattr:  # as Dynamo writes x.mT
+        return is_tensor(node)
+    return calls(node, *_VIEWS) or (writes(node) and is_tensor(node))
+
+
+def memory(node: Node) -> Node:
+    """The node whose result's memory ``node`` shows, or may show: ``node``, if it is no view."""
+    while is_view(node) and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def writes(node: Node) -> bool:
+    """Whether ``node`` changes its first argument in place: ``x[i] = y``, ``x.add_(y)``."""
+    name = name_of(node)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op.startswith("call") and (in_place or name in ("setitem", *_IN_PLACE))
 
 
 def written_into(nodes: Iterable[Node], *, before: Node) -> list[Node]:
     """Nodes outside of ``nodes`` that write, in place, into a result of theirs or a view of it.
 
     ``x[i] = y``, ``x.add_(y)`` and ``x[i].fill_(y)``: the dataflow of whatever reads x afterwards,
-    up to ``before``, does not show them.
+    up to ``before``, does not show them. Costs what ``nodes`` cost to look at, not the graph.
     """
+    by_memory = _writers(before.graph)
+    if not by_memory:
+        return []
     known = set(nodes)
-    memory = set(known)  # and the views of it
-    found = []
-    for node in before.graph.nodes:
-        if node is before:
-            break
-        target = node.args[0] if node.args else None
-        if node in known or target not in memory:
-            continue
-        in_place = name_of(node).endswith("_") and not name_of(node).endswith("__")
-        if node.op.startswith("call") and (in_place or calls(node, "setitem", *_IN_PLACE)):
-            found.append(node)
-        elif calls(node, *_VIEWS):
-            memory.add(node)
-    return found
+    memories = {memory(node) for node in known}
+    found = [writer for m in memories for writer in by_memory.get(m, ())]
+    return sorted(w for w in found if w not in known and w < before)
+
+
+_WRITERS = "_moda_writers"  # of a graph: see below
+_OURS: WeakKeyDictionary[Graph, int] = WeakKeyDictionary()  # how many nodes of a graph are ours
+
+
+def _writers(graph: Graph) -> dict[Node, list[Node]]:
+    """A graph's in-place writers by the memory they write into.
+
+    Found in one pass, and kept on the graph (in a weak table the nodes would keep it alive) for as
+    long as it has as many nodes that are not ours: what we insert never writes into the model's.
+    """
+    size = len(graph.nodes) - _OURS.get(graph, 0)
+    known: tuple[int, dict[Node, list[Node]]] | None = graph.__dict__.get(_WRITERS)
+    if known is None or known[0] != size:
+        found: dict[Node, list[Node]] = {}
+        for node in graph.nodes:
+            if node.args and isinstance(node.args[0], Node) and writes(node):
+                found.setdefault(memory(node.args[0]), []).append(node)
+        known = graph.__dict__[_WRITERS] = size, found
+    return known[1]
 
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ior", "iand", "ixor", "ipow", "ifloordiv")
@@ -193,20 +301,36 @@ def insert(
     kwargs: dict[str, Any] | None = None,
     *,
     like: Node,
+    instead: tuple[Any, ...] | None = None,
 ) -> Node:
     """Append a call at the graph's insertion point, with its fake result.
 
     A string is a method's name. The place in the user's code is taken from ``like``. Without a
-    fake result AOTAutograd's cache would not take the graph.
+    fake result AOTAutograd's cache would not take the graph. ``instead`` are fewer arguments that
+    give the same fake result: that of a call with hundreds of tensors takes long.
     """
     op = "call_method" if isinstance(target, str) else "call_function"
     node = gm.graph.create_node(op, target, args, kwargs or {})
-    node.meta[_MADE] = True
+    _own(node)
     for key in ("nn_module_stack", "stack_trace"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
+    if instead is not None:
+        node.args = instead
     annotate(node)
+    node.args = args
     return node
+
+
+def again(gm: GraphModule, node: Node, args: tuple[Any, ...]) -> Node:
+    """Append the call ``node`` with other arguments, of which its fake result does not depend.
+
+    For calls that :func:`insert` can't make a fake result of: those that take graphs.
+    """
+    made = gm.graph.create_node(node.op, node.target, args, dict(node.kwargs))
+    made.meta.update(node.meta)
+    _own(made)
+    return made
 
 
 def drop_unused(gm: GraphModule) -> None:
@@ -214,6 +338,12 @@ def drop_unused(gm: GraphModule) -> None:
     for node in reversed(gm.graph.nodes):
         if node.meta.get(_MADE) and not node.users:
             gm.graph.erase_node(node)
+            _OURS[gm.graph] = _OURS.get(gm.graph, 0) - 1
+
+
+def _own(node: Node) -> None:
+    node.meta[_MADE] = True
+    _OURS[node.graph] = _OURS.get(node.graph, 0) + 1
 
 
 def item(gm: GraphModule, node: Node, index: int) -> Node:
@@ -227,12 +357,24 @@ def annotate(node: Node) -> None:
     modes = [x.fake_mode for x in tree_leaves((args, kwargs)) if hasattr(x, "fake_mode")]
     if not modes:
         return
-    with modes[0], torch.no_grad():
+    with modes[0], torch.no_grad(), autocast_at(node):
         if node.op == "call_method":
             node.meta[VALUE] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             assert callable(node.target)
             node.meta[VALUE] = node.target(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def autocast_at(node: Node) -> Iterator[None]:
+    """The autocast regions of the graph itself that ``node`` is in."""
+    find = functools.partial(node.graph.find_nodes, op="call_function")
+    closed = {n.args[0] for n in find(target=_exit_autocast) if n < node}
+    with contextlib.ExitStack() as regions:
+        for enter in find(target=_enter_autocast):
+            if enter < node and enter not in closed:
+                regions.callback(_exit_autocast, _enter_autocast(*enter.args))
+        yield
 
 
 def copy_nodes(gm: GraphModule, nodes: Iterable[Node], replace: dict[Node, Node]) -> None:

@@ -8,19 +8,30 @@ from torch.fx import GraphModule
 from moda_compile import fx, markers, verify
 from moda_compile.config import MoDAConfig
 from moda_compile.errors import RewriteError
-from moda_compile.passes import cleanup, detect, lower, rewrite, thread_depth
+from moda_compile.passes import (
+    cleanup,
+    detect,
+    lower,
+    regions,
+    rewrite,
+    sort_out,
+    thread_depth,
+)
 from moda_compile.plan import Plan
 
-ANALYSE = (detect.run, thread_depth.run, lower.run)
+ANALYSE = (detect.run, sort_out.run, thread_depth.run, lower.run)
 TRANSFORM = (rewrite.run, cleanup.run)
 
 
 def analyse(gm: GraphModule, config: MoDAConfig, *, strict: bool) -> Plan:
     """What a rewrite of ``gm`` would do. Marks in the graph override config and strict.
 
+    Leaves the bodies of activation checkpoints in the main graph, which computes the same.
+
     Raises:
         RewriteError: for what can't be rewritten.
     """
+    regions.inline(gm)
     marks = [n for n in gm.graph.nodes if fx.calls_op(n, torch.ops.moda_compile.mark)]
     specs = [markers.spec_of(m.args) for m in marks]
     if specs:
@@ -53,7 +64,8 @@ def check_whole(plan: Plan, expected: int) -> None:
         "can't pass through: a graph break between two layers (or DDP's graph splitting, or a "
         "region compiled apart) has cut the stack behind this block.",
         fix="find the break with torch._dynamo.explain(model)(*inputs) or fullgraph=True and "
-        "remove it; with DDP, wrap DDP around the converted model.",
+        "remove it (a branch on a tensor, such as layer drop, is one); with DDP, wrap DDP around "
+        "the converted model.",
         block=block,
         source=fx.source_line(last) if last is not None else None,
     )
@@ -69,4 +81,5 @@ def transform(gm: GraphModule, config: MoDAConfig, *, strict: bool) -> Plan:
     for run in TRANSFORM:
         run(gm, plan)
     verify.check(gm, plan)
+    regions.outline(gm)
     return plan

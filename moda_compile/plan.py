@@ -15,11 +15,26 @@ from moda_compile.patterns.row import Attention, Refused
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Attentions that share depth slots: one stream of tokens, and keys of one shape and dtype.
+
+    Attributes:
+        stream: number of the token stream; an encoder and a decoder are two.
+        members: numbers of its attentions, in order.
+    """
+
+    stream: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Slot:
     """One depth slot and its single writer.
 
     Attributes:
-        index: its row in the gradient accumulator; a reader of n slots reads rows 0 .. n-1.
+        stack: number of the stack it belongs to.
+        index: its row in that stack's gradient accumulator; a reader of n slots reads rows
+            0 .. n-1.
         layer: number of the attention that wrote it, or whose treatment its FFN's key gets.
         ffn: the FFN that writes it, or ``None`` if the attention does.
         key, value: for an FFN, how its input becomes the slot.
@@ -27,6 +42,7 @@ class Slot:
 
     index: int
     layer: int
+    stack: int = 0
     ffn: FFN | None = None
     key: Projection | None = None
     value: Projection | None = None
@@ -51,6 +67,15 @@ class Refusal:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bystander:
+    """What looks like an attention but is none of a stack's, such as cross-attention."""
+
+    node: Node
+    pattern: str
+    reason: str
+
+
 @dataclass(kw_only=True)
 class Plan:
     """Passes fill this in, in the order of the fields.
@@ -59,10 +84,13 @@ class Plan:
         config: the options.
         strict: whether a refused attention is an error.
         marks: markers of a converted model, in graph order.
-        attentions: what is rewritten, in graph order.
-        refusals: what is left as it is.
-        slots: by index.
-        reads: for each attention, how many slots it reads.
+        attentions: the self-attentions that can be rewritten, in graph order.
+        refusals: what is left as it is though it should not be.
+        bystanders: what is left as it is because depth is none of its business.
+        stacks: which of the attentions share slots; each is in one.
+        slots: stack by stack, each by index.
+        reads: for each attention, how many slots of its stack it reads.
+        replaced: numbers of the attentions that the rewrite replaces, in order.
         lowerings: for each attention, (name, reason).
     """
 
@@ -71,8 +99,11 @@ class Plan:
     marks: list[Node] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    bystanders: list[Bystander] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     reads: list[int] = field(default_factory=list)
+    replaced: list[int] = field(default_factory=list)
     lowerings: list[tuple[str, str]] = field(default_factory=list)
 
     def refuse(self, node: Node, pattern: str, refused: Refused, *, fatal: bool = False) -> None:

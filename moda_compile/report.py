@@ -17,10 +17,13 @@ class AttentionReport:
         source: ``file:line`` of the call, or ``None``.
         pattern: name of the row of ``moda_compile.patterns.PATTERNS`` that recognised it.
         heads, kv_heads, head_dim: Hq, Hk, d; 0 if refused before they were known.
-        causal: whether token t sees tokens u <= t only.
-        reads, writes: depth slots by index.
+        causal: whether it was proven that token t sees tokens u <= t, and all of these.
+        masked: whether the sequence part keeps a mask of the model's own instead.
+        stack: number of the stack whose slots it shares; ``None`` if it is in none.
+        reads, writes: depth slots of that stack, by index.
         lowering, reason: the kernels it runs on, and why these.
-        refusal: why it is left as it is, or ``None`` if it is rewritten.
+        refusal: why it is left as it is, and how to change that; ``None`` if it is rewritten, or
+            none of a stack's (cross-attention), for which see ``reason``.
     """
 
     block: str
@@ -30,6 +33,8 @@ class AttentionReport:
     kv_heads: int = 0
     head_dim: int = 0
     causal: bool = False
+    masked: bool = False
+    stack: int | None = None
     reads: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
     lowering: str = ""
@@ -44,7 +49,8 @@ class Report:
     Attributes:
         config: the options that were asked for.
         attentions: those that are rewritten, in order.
-        refusals: those that are not.
+        refusals: those that are not, though they belong to a stack.
+        bystanders: those that belong to none, such as cross-attention: left as they are.
         costs: (name, formula, value) rows for the given shapes.
     """
 
@@ -52,6 +58,7 @@ class Report:
     attentions: Sequence[AttentionReport]
     refusals: Sequence[AttentionReport] = ()
     costs: Sequence[tuple[str, str, str]] = field(default=())
+    bystanders: Sequence[AttentionReport] = ()
 
     def __str__(self) -> str:
         found = len(self.attentions) + len(self.refusals)
@@ -60,13 +67,15 @@ class Report:
             f"(ffn_kv={self.config.ffn_kv!r}, depth={self.config.depth})",
             "",
         ]
-        rows = [("#", "block", "pattern", "heads", "d", "mask", "reads", "writes", "lowering")]
+        rows = [
+            ("#", "block", "pattern", "heads", "d", "mask", "stack", "reads", "writes", "lowering")
+        ]
         for i, a in enumerate(self.attentions):
             rows.append(
                 (
                     str(i), a.block or "(model)", a.pattern, f"{a.heads}/{a.kv_heads}",
-                    str(a.head_dim), "causal" if a.causal else "full", spans(a.reads),
-                    spans(a.writes), a.lowering,
+                    str(a.head_dim), _mask(a), "-" if a.stack is None else str(a.stack),
+                    spans(a.reads), spans(a.writes), a.lowering,
                 )
             )  # fmt: skip
         lines += table(rows)
@@ -76,9 +85,17 @@ class Report:
             lines.append(f"  source: {place}")
         for a in self.refusals:
             lines.append(f"refused: {a.block or '(model)'} ({a.source}): {a.refusal}")
+        for a in self.bystanders:
+            lines.append(f"left alone: {a.block or '(model)'} ({a.source}): {a.reason}")
         if self.costs:
             lines += ["", *table([("cost", "formula", "here"), *self.costs])]
         return "\n".join(lines)
+
+
+def _mask(attention: AttentionReport) -> str:
+    if attention.masked:
+        return "own"
+    return "causal" if attention.causal else "full"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

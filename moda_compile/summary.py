@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moda_compile import cost, fx, ops
-from moda_compile.plan import Plan, Refusal
+from moda_compile.plan import Bystander, Plan, Refusal
 from moda_compile.report import AttentionReport, Report
 
 
@@ -15,31 +15,23 @@ def summarize(plan: Plan) -> Report:
     """Describe every attention of ``plan`` and the conversion's cost."""
     return Report(
         config=plan.config,
-        attentions=tuple(_attention(plan, layer) for layer in range(len(plan.attentions))),
+        attentions=_attentions(plan),
         refusals=tuple(_refusal(r) for r in plan.refusals),
+        bystanders=tuple(_bystander(b) for b in plan.bystanders),
         costs=_costs(plan) if plan.slots else (),
     )
 
 
 def _costs(plan: Plan) -> tuple[tuple[str, str, str], ...]:
-    """(name, formula, value for the plan's shapes) of one training step's extra cost."""
-    first = plan.attentions[0]
-    query, key = fx.value(first.query), fx.value(first.key)
-    dtype = fx.value(first.node).dtype
-    batch, kv_heads, length, head_dim = (int(n) for n in key.shape)
-    projected = next((slot.ffn for slot in plan.slots if slot.ffn is not None), None)
+    """(name, formula, value for the plan's shapes) of one training step's extra cost.
+
+    The value is the sum over the stacks, each with L, Hk, d ... of its own.
+    """
     formulas = cost.model_cost(plan.config.ffn_kv)
-    values = formulas.evaluate(
-        B=batch,
-        T=length,
-        L=len(plan.attentions),
-        Hk=kv_heads,
-        G=int(query.shape[1]) // kv_heads,
-        d=head_dim,
-        D=int(fx.value(projected.input).shape[-1]) if projected is not None else 0,
-        element=_bytes(dtype),
-        accumulator=_bytes(ops.accumulator_dtype(dtype, plan.config.accumulator_dtype)),
-    )
+    values = [
+        formulas.evaluate(**_sizes(plan, number))
+        for number in sorted({s.stack for s in plan.slots})
+    ]
     rows = (
         ("new parameters", "parameters", ""),
         ("depth FLOPs, forward", "depth_flops_forward", "FLOP"),
@@ -53,9 +45,34 @@ def _costs(plan: Plan) -> tuple[tuple[str, str, str], ...]:
         ("gradient accumulator", "accumulator_bytes", "B"),
     )
     return tuple(
-        (name, str(getattr(formulas, field)), _quantity(getattr(values, field), unit))
+        (
+            name,
+            str(getattr(formulas, field)),
+            _quantity(sum(getattr(v, field) for v in values), unit),
+        )
         for name, field, unit in rows
     )
+
+
+def _sizes(plan: Plan, number: int) -> dict[str, int]:
+    """The symbols' values for one stack."""
+    members = plan.stacks[number].members
+    first = plan.attentions[members[0]]
+    query, key = fx.value(first.query), fx.value(first.key)
+    dtype = fx.value(first.node).dtype
+    batch, kv_heads, length, head_dim = (int(n) for n in key.shape)
+    ffn = next((s.ffn for s in plan.slots if s.ffn is not None and s.stack == number), None)
+    return {
+        "B": batch,
+        "T": length,
+        "L": len(members),
+        "Hk": kv_heads,
+        "G": int(query.shape[1]) // kv_heads,
+        "d": head_dim,
+        "D": int(fx.value(ffn.input).shape[-1]) if ffn is not None else 0,
+        "element": _bytes(dtype),
+        "accumulator": _bytes(ops.accumulator_dtype(dtype, plan.config.accumulator_dtype)),
+    }
 
 
 def _bytes(dtype: torch.dtype) -> int:
@@ -73,22 +90,41 @@ def _quantity(number: Any, unit: str) -> str:
     return f"{digits} {prefix}{unit}".rstrip()
 
 
-def _attention(plan: Plan, layer: int) -> AttentionReport:
-    attention = plan.attentions[layer]
-    query, key = fx.value(attention.query), fx.value(attention.key)
-    lowering, reason = plan.lowerings[layer] if plan.lowerings else ("", "")
+def _attentions(plan: Plan) -> tuple[AttentionReport, ...]:
+    stack_of = {layer: n for n, stack in enumerate(plan.stacks) for layer in stack.members}
+    writes: dict[int, list[int]] = {}
+    for slot in plan.slots:
+        writes.setdefault(slot.layer, []).append(slot.index)
+    reports = []
+    for layer, attention in enumerate(plan.attentions):
+        query, key = fx.value(attention.query), fx.value(attention.key)
+        lowering, reason = plan.lowerings[layer] if plan.lowerings else ("", "")
+        reports.append(
+            AttentionReport(
+                block=fx.module_path(attention.node),
+                source=fx.source_line(attention.node),
+                pattern=attention.pattern,
+                heads=int(query.shape[1]),
+                kv_heads=int(key.shape[1]),
+                head_dim=int(query.shape[3]),
+                causal=attention.is_causal,
+                masked=attention.mask is not None or attention.sequence is not None,
+                stack=stack_of.get(layer),
+                reads=tuple(range(plan.reads[layer])) if plan.reads else (),
+                writes=tuple(writes.get(layer, ())),
+                lowering=lowering,
+                reason=reason,
+            )
+        )
+    return tuple(reports)
+
+
+def _bystander(bystander: Bystander) -> AttentionReport:
     return AttentionReport(
-        block=fx.module_path(attention.node),
-        source=fx.source_line(attention.node),
-        pattern=attention.pattern,
-        heads=int(query.shape[1]),
-        kv_heads=int(key.shape[1]),
-        head_dim=int(query.shape[3]),
-        causal=attention.is_causal,
-        reads=tuple(range(plan.reads[layer])) if plan.reads else (),
-        writes=tuple(s.index for s in plan.slots if s.layer == layer),
-        lowering=lowering,
-        reason=reason,
+        block=fx.module_path(bystander.node),
+        source=fx.source_line(bystander.node),
+        pattern=bystander.pattern,
+        reason=bystander.reason,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -38,7 +39,7 @@ class Linear:
 
 
 def as_linear(node: object) -> Linear | None:
-    """``node`` read as a linear layer with a parameter as weight; ``None`` if it is none."""
+    """``node`` read as a linear layer with parameters as weight; ``None`` if it is none."""
     if fx.calls(node, "linear"):
         assert isinstance(node, Node)
         source, weight = fx.argument(node, 0, "input"), fx.argument(node, 1, "weight")
@@ -55,7 +56,7 @@ def as_linear(node: object) -> Linear | None:
         bias, transposed = None, True
     else:
         return None
-    if not (isinstance(source, Node) and isinstance(weight, Node) and fx.is_parameter(weight)):
+    if not (isinstance(source, Node) and isinstance(weight, Node) and fx.is_weight(weight)):
         return None
     if fx.value(weight).dim() != 2:
         return None
@@ -66,26 +67,26 @@ def as_linear(node: object) -> Linear | None:
     return Linear(node=node, input=source, weight=weight, bias=bias, transposed=transposed)
 
 
-def projections(node: Node) -> list[Linear]:
-    """The linear layers nearest upstream of ``node`` on every path, attentions not crossed."""
-    found = []
-    for near in fx.upstream(
-        node, lambda n: as_linear(n) is not None or fx.calls(n, "scaled_dot_product_attention")
-    ):
-        layer = as_linear(near)
-        if layer is not None:
-            found.append(layer)
-    return found
+def projections(node: Node, ends: Collection[Node] = ()) -> list[Linear]:
+    """The linear layers nearest upstream of ``node`` on every path.
+
+    Attentions are not crossed: SDPA's calls, and the nodes in ``ends``.
+    """
+
+    def stop(n: Node) -> bool:
+        crossed = n in ends or fx.calls(n, "scaled_dot_product_attention")
+        return crossed or as_linear(n) is not None
+
+    return [layer for n in fx.upstream(node, stop) if (layer := as_linear(n)) is not None]
 
 
-def sources(node: Node) -> tuple[Node, ...]:
-    """The hidden states that ``node`` is projected from.
+def sources(node: Node, ends: Collection[Node] = ()) -> tuple[Node, ...]:
+    """The hidden states that ``node`` is projected from; ``ends`` as for :func:`projections`.
 
     Norms, casts and further linear layers are looked through, such as a LoRA adapter's two: all of
     them work token by token.
     """
-    inputs = {_hidden(layer.input): None for layer in projections(node)}
-    return tuple(inputs)
+    return tuple(dict.fromkeys(_hidden(layer.input) for layer in projections(node, ends)))
 
 
 def _hidden(node: Node) -> Node:

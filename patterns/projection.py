@@ -114,9 +114,7 @@ def trace(result: Node, *, at: Node | None = None) -> Projection:
             "a key or value is changed in place on its way from its projection.",
             "write it without in-place changes (torch.cat, torch.where), or use ffn_kv='none'.",
         )
-    chain = [
-        n for n, mask in fx.reach(result.graph.nodes, [layer.node]).items() if mask and n in near
-    ]
+    chain = [n for n, mask in fx.reach(sorted(near), [layer.node]).items() if mask]
     prefix = [layer.node]
     while prefix[-1] is not result:
         users = [n for n in chain if prefix[-1] in n.all_input_nodes]

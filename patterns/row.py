@@ -1,4 +1,35 @@
-"""The vocabulary of the pattern table: what a row is, and what a match says."""
+"""The vocabulary of the pattern table: what a row is, and what a match says.
+
+To teach the library an attention of your own, write a row and hand it to
+:func:`moda_compile.register_pattern` (a worked one: ``examples/custom_pattern.py``)::
+
+    def match(node):
+        if not fx.calls_op(node, torch.ops.mine.attention):     # q, k, v [B, T, H, d]
+            return None
+        gm = node.graph.owning_module
+        with gm.graph.inserting_before(node):
+            q, k, v = (fx.insert(gm, "transpose", (x, 1, 2), like=node) for x in node.args[:3])
+        back = Step("transpose", (1, 2))
+        return Attention(node=node, pattern="mine", query=q, key=k, value=v, is_causal=True,
+                         scale=None, restore=(back,))
+
+    moda_compile.register_pattern(Pattern(name="mine", accepts="...", refuses="...", match=match))
+
+``match`` is given every node of the graph that Dynamo made, in order. It goes by dataflow (which
+operation, on what), never by names of modules or attributes, and leaves the graph as it is but for
+calls that it inserts in front of ``node``. Of :mod:`moda_compile.fx` a row needs:
+
+    value(node)                 the node's fake result, for shapes and dtypes; is_tensor(node)
+    calls(node, "transpose")    whether it calls a function or method of that name
+    calls_op(node, op)          whether it calls a registered operator, torch.ops.ns.name
+    argument(node, 0, "q")      an argument of a call, by position or keyword, with a default
+    insert(gm, target, args, like=node)     append a call of a function, or of a method by its name
+    item(gm, node, i)           append node[i]
+
+What a match returns is checked (shapes, order of nodes, whether ``restore`` leads back), and a
+mistake is an error that names the row. Whether the rewritten model is right only an oracle can
+tell: ``moda_compile.testing.check_conversion(..., functions={operator: adapter})`` is one.
+"""
 
 from __future__ import annotations
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from moda_compile import fx
-from moda_compile.patterns import grouped_query, linear, masks
+from moda_compile.patterns import axes, grouped_query, heads, masks
 from moda_compile.patterns.row import Attention, Refused
+from moda_compile.patterns.scores import Unclear
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Operands:
+    """Queries, keys and values as [B, H, T, d], and what that takes."""
+
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    factor: float = 1.0
+    restore: tuple[Any, ...] = ()
 
 
 def match(node: Node) -> Attention | None:
@@ -20,59 +34,93 @@ def match(node: Node) -> Attention | None:
     if node.op != "call_function" or node.target is not _SDPA:
         return None
     bound: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
-    query, key, value = (bound[name] for name in _NAMES[:3])
     if bound.get("dropout_p", 0.0) != 0.0:
         raise Refused(
             f"attention dropout (dropout_p={bound['dropout_p']}) would have to cover sequence and "
             "depth with one mask, which is not supported.",
             "set the attention's dropout to 0, or call .eval() before converting.",
         )
-    _check_self_attention(query, key, value)
-    heads = fx.value(query).shape[1]
-    sources = [grouped_query.before_repeat(x, heads) for x in (key, value)]
-    if fx.value(sources[0]).shape == fx.value(sources[1]).shape:
-        key, value = sources  # else only one is a repetition, such as a key rotated after it
-    causal = masks.Causality(is_causal=bool(bound.get("is_causal", False)), max_length=None)
-    if bound.get("attn_mask") is not None:
-        causal = masks.classify(bound["attn_mask"], length=fx.value(query).shape[2], at=node)
     scale = bound.get("scale")
-    if isinstance(scale, Node):
+    if scale is not None and (scale := masks.number(scale)) is None:
         raise Refused(
             "the scale is a tensor or a symbolic value.", "pass scale= as a Python float, or None."
         )
+    query, key, value, mask = (bound.get(name) for name in _NAMES[:4])
+    _check_features(key, value)
+    try:
+        given = _operands(node, query, key, value, mask)
+    except Unclear as unclear:
+        raise Refused(f"{unclear}.", "give queries, keys and values as [B, H, T, d].") from None
+    if given.factor != 1.0:
+        head_dim = int(fx.value(given.query).shape[3])
+        scale = given.factor * (head_dim**-0.5 if scale is None else scale)
+    meaning = masks.Meaning(is_causal=bool(bound.get("is_causal", False)))
+    if given.mask is not None:
+        meaning = masks.classify(given.mask, length=fx.value(given.query).shape[2], at=node)
     return Attention(
         node=node,
         pattern="sdpa",
-        query=query,
-        key=key,
-        value=value,
-        is_causal=causal.is_causal,
+        query=given.query,
+        key=given.key,
+        value=given.value,
+        is_causal=meaning.is_causal,
         scale=scale,
-        max_length=causal.max_length,
+        mask=meaning.mask,
+        max_length=meaning.max_length,
+        restore=given.restore,
     )
 
 
-def _check_self_attention(query: Node, key: Node, value: Node) -> None:
-    q, k, v = (fx.value(x) for x in (query, key, value))
-    if not (q.dim() == k.dim() == v.dim() == 4):
-        raise Refused(
-            f"queries of shape {tuple(q.shape)}: expected [B, H, T, d].",
-            "give the attention a batch and a head dimension.",
-        )
+def _check_features(key: Any, value: Any) -> None:
+    k, v = fx.value(key), fx.value(value)
     if k.shape[-1] != v.shape[-1]:
         raise Refused(
             f"keys have head_dim {k.shape[-1]}, values {v.shape[-1]}: depth slots need one.",
             "use one head_dim for keys and values.",
         )
-    roots = [linear.sources(x) for x in (query, key, value)]
-    if len(set(map(tuple, roots))) != 1 or not roots[0]:
-        raise Refused(
-            "queries, keys and values are not projections of one hidden state: this is "
-            "cross-attention, or attention over a cache. Depth KV belongs to a token.",
-            "leave it out with strict=False; with a KV cache, pass use_cache=False.",
+
+
+def _operands(node: Node, query: Any, key: Any, value: Any, mask: Any) -> _Operands:
+    named, keyed = _layout(query, "t", "d"), _layout(key, "u", "d")
+    scaled = heads.trace(key, keyed, scaling=True, by=node, at=node)
+    if scaled[-1].factor != 1.0 or fx.value(query).dim() != 4:
+        # A slot's key is the key before any number it was multiplied with: see by_hand.
+        of = heads.Operands(
+            query=heads.trace(query, named, scaling=True, by=node, at=node),
+            key=scaled,
+            value=heads.trace(value, _layout(value, "u", "e"), scaling=False, by=node, at=node),
+            scores=(*named[:-1], keyed[-2]),
+            output=(*named[:-1], _layout(value, "u", "e")[-1]),
+            others=(),
+            keys=keyed[-2],
+            features=named[-1],
+            channels=_layout(value, "u", "e")[-1],
         )
-    if k.shape[2] != q.shape[2]:
-        raise Refused(
-            f"{q.shape[2]} queries over {k.shape[2]} keys: a KV cache is not supported yet.",
-            "run without a cache (transformers: use_cache=False).",
+        return _arranged(node, of, mask)
+    count = fx.value(query).shape[1]
+    sources = [grouped_query.before_repeat(x, count) for x in (key, value)]
+    if fx.value(sources[0]).shape == fx.value(sources[1]).shape:
+        key, value = sources  # else only one is a repetition, such as a key rotated after it
+    return _Operands(query=query, key=key, value=value, mask=mask)
+
+
+def _arranged(node: Node, of: heads.Operands, mask: Node | None) -> _Operands:
+    gm = node.graph.owning_module
+    assert gm is not None
+    to = heads.arrange(of)
+    with gm.graph.inserting_before(node):
+        return _Operands(
+            query=to.view(gm, of.query, to.query, like=node),
+            key=to.view(gm, of.key, to.key, like=node),
+            value=to.view(gm, of.value, to.value, like=node),
+            mask=None if mask is None else to.masked(gm, mask, of.scores, like=node),
+            factor=of.query[-1].factor * of.key[-1].factor,
+            restore=to.restore(of.output),
         )
+
+
+def _layout(x: Node, tokens: str, features: str) -> axes.Layout:
+    """The axes of [.., T, d]; fewer heads of keys (enable_gqa) are not told apart here."""
+    sizes = axes.sizes(fx.value(x))
+    names = [*(f"n{i}" for i in range(len(sizes) - 2)), tokens, features]
+    return tuple(axes.whole(name, size) for name, size in zip(names, sizes, strict=True))

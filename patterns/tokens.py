@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from moda_compile import fx
+from moda_compile.patterns.row import Attention
 
 BATCH, TOKEN, MOVED = "batch", "token", "moved"
 
@@ -46,31 +48,88 @@ _PERMUTES = ("transpose", "permute", "swapaxes", "movedim", "mT", "t", "swapdims
 _SPLITS = ("split", "chunk", "unbind", "tensor_split", "split_with_sizes")
 
 
-def rearranged(nodes: Iterable[Node], outputs: list[Node], queries: list[Node]) -> int | None:
+def rearranged(nodes: Iterable[Node], attentions: Sequence[Attention]) -> int | None:
     """The first layer that reads tokens in another order than the layer before it wrote them.
 
     Args:
         nodes: the graph, in order.
-        outputs, queries: of its attentions, in order: [B, Hq, T, d].
+        attentions: of one stream, in order.
 
     Returns:
         Its number, or ``None`` if no rearrangement was found.
     """
     layouts: dict[Node, Layout] = {}
-    starts, ends = set(outputs), {query: layer for layer, query in enumerate(queries)}
+    starts = {attention.node: attention for attention in attentions}
+    ends = {attention.query: layer for layer, attention in enumerate(attentions)}
     for node in nodes:
-        result = fx.value(node)
         if node in starts:
-            shape = _shape(result)
-            names = (BATCH, "heads", TOKEN, "channels")
-            layouts[node] = tuple(_whole(n, s) for n, s in zip(names, shape, strict=True))
+            layout = _output(starts[node])
         elif any(used in layouts for used in node.all_input_nodes):
             layout = _step(node, layouts)
-            if layout is not None:
-                layouts[node] = layout
-        if node in ends and node in layouts and _out_of_place(layouts[node]):
-            return ends[node]
+        else:
+            layout = None
+        if layout is not None:
+            layouts[node] = layout
+            if node in ends and _out_of_place(layout):
+                return ends[node]
     return None
+
+
+def over_channels(query: Node, layers: Iterable[Node]) -> bool:
+    """Whether the tokens of ``query`` [B, Hq, T, d] are features of the linear layers it is from.
+
+    Such an attention weighs channels against one another (as in XCiT), and its keys are no tokens'.
+
+    Args:
+        query: the queries.
+        layers: the linear layers' results, [.., features].
+    """
+    layouts: dict[Node, Layout] = {}
+    starts = set(layers)
+    for node in sorted(fx.upstream(query, starts.__contains__)):
+        if node in starts:
+            *rows, features = _shape(fx.value(node))
+            known: Layout | None = (
+                *(_whole("rows", n) for n in rows),
+                _whole("features", features),
+            )
+        else:
+            known = _step(node, layouts) if layouts.keys() & set(node.all_input_nodes) else None
+        if known is not None:
+            layouts[node] = known
+    found = layouts.get(query)
+    return found is not None and any(factor.name == "features" for factor in found[2])
+
+
+def _output(attention: Attention) -> Layout | None:
+    """The layout of an attention's result: that of [B, Hq, T, d], through its restoring steps."""
+    shape = _shape(fx.value(attention.query))
+    names = (BATCH, "heads", TOKEN, "channels")
+    layout: Layout | None = tuple(_whole(n, s) for n, s in zip(names, shape, strict=True))
+    sizes = torch.empty(shape, device="meta")
+    for step in attention.restore:
+        if layout is None:
+            return None
+        args, kwargs = map_arg((step.args, dict(step.kwargs)), _on_meta)
+        if isinstance(step.target, str):
+            sizes = getattr(sizes, step.target)(*args, **kwargs)
+        else:
+            sizes = step.target(sizes, *args, **kwargs)
+        name = step.target if isinstance(step.target, str) else step.target.__name__
+        if name in _PERMUTES:
+            layout = _permute(layout, step.target, args, kwargs)
+        elif name in _RESHAPES:
+            layout = reshape(layout, list(sizes.shape))
+        else:
+            layout = _keep(layout, list(sizes.shape))
+    return layout
+
+
+def _on_meta(node: Node) -> Any:
+    found = fx.value(node)
+    if not isinstance(found, Tensor):
+        return int(found.node.hint) if isinstance(found, torch.SymInt) else found
+    return torch.empty(_shape(found), device="meta", dtype=torch.float32)
 
 
 def _out_of_place(layout: Layout) -> bool:
@@ -137,7 +196,7 @@ def _step(node: Node, layouts: dict[Node, Layout]) -> Layout | None:
         if fx.calls(node, *_RESHAPES):
             return reshape(before, _shape(result))
         if fx.calls(node, *_PERMUTES):
-            return _permute(before, node)
+            return _permute(before, node.target, node.args[1:], node.kwargs)
         if fx.calls(node, *_ROLLS, *_PICKS):
             return _moved(before, node)
     return _like_inputs(node, layouts, result) if isinstance(result, Tensor) else None
@@ -152,25 +211,26 @@ def _like_inputs(node: Node, layouts: dict[Node, Layout], result: Tensor) -> Lay
         layout = layouts.get(used)
         if layout is None or not fx.is_tensor(used) or len(layout) != len(shape):
             continue
-        sizes = _shape(fx.value(used))
-        kept = tuple(
-            d if old == new else _whole("new", new)
-            for d, old, new in zip(layout, sizes, shape, strict=True)
-        )
+        kept = _keep(layout, shape)
         known = {f.name for d in kept for f in d}
         candidates.append((MOVED in known, not {BATCH, TOKEN} <= known, kept))
     return min(candidates, key=lambda c: c[:2])[2] if candidates else None
 
 
-def _permute(layout: Layout, node: Node) -> Layout | None:
+def _keep(layout: Layout, shape: list[int]) -> Layout:
+    """The dimensions of unchanged size."""
+    return tuple(
+        d if math.prod(f.size for f in d) == size else _whole("new", size)
+        for d, size in zip(layout, shape, strict=True)
+    )
+
+
+def _permute(layout: Layout, target: Any, args: Any, kwargs: Any) -> Layout | None:
     """Replay a permutation on a tensor whose sizes are the dimensions' numbers."""
     numbered = torch.empty([2 + i for i in range(len(layout))], device="meta")
-    args = (numbered, *node.args[1:])
+    call = target if callable(target) else getattr(Tensor, str(target))
     try:
-        if node.op == "call_method":
-            made = getattr(numbered, str(node.target))(*args[1:], **node.kwargs)
-        else:
-            made = node.target(*args, **node.kwargs)  # type: ignore[operator]
+        made = call(numbered, *args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     return tuple(layout[size - 2] for size in made.shape)
@@ -200,10 +260,7 @@ def _split(layout: Layout, node: Node, result: Any) -> Layout | None:
     if fx.calls(node, "unbind"):
         axis = fx.argument(node, 1, "dim", 0) % len(layout)
         return tuple(d for i, d in enumerate(layout) if i != axis)
-    return tuple(
-        d if math.prod(f.size for f in d) == size else _whole("part", size)
-        for d, size in zip(layout, shape, strict=True)
-    )
+    return _keep(layout, shape)
 
 
 def _index(layout: Layout, index: Any, result: Any) -> Layout | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 import moda_compile
 from moda_compile.config import MoDAConfig
+from moda_compile.errors import RewriteError
 from moda_compile.testing import (
     Budget,
+    ByHand,
+    Case,
     RandomStack,
     ReferenceMode,
     StackConfig,
@@ -41,17 +45,15 @@ class FakeLibrary:
         plain = type(model).forward
 
         def forward(stack: RandomStack, ids: Tensor) -> Tensor:
-            slots = None
-            if config.ffn_kv != "none":
-                slots = stack.ffn_slots(config.ffn_kv, dict(stack.named_parameters()))
-            with self.mode(stack, slots):
+            told = stack.oracle(config.ffn_kv, dict(stack.named_parameters()))
+            with self.mode(stack, **told):
                 return plain(stack, ids)
 
         model.forward = MethodType(forward, model)
         return model
 
     def revert(self, model: Any) -> Any:
-        del model.forward
+        vars(model).pop("forward", None)
         for block in model.blocks:
             for name in ("moda_key_weight", "moda_value_weight"):
                 block.ffn._parameters.pop(name, None)
@@ -88,31 +90,30 @@ def test_a_right_conversion_passes(monkeypatch: pytest.MonkeyPatch, ffn_kv: Any)
 
 
 class DropsASlot(ReferenceMode):
-    def slots(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        return super().slots(layer)[1:] if layer == 2 else super().slots(layer)
+    def slots(self, layer: int, stack: Any = 0) -> list[tuple[Tensor, Tensor]]:
+        return super().slots(layer, stack)[1:] if layer == 2 else super().slots(layer, stack)
 
 
 class ScalesKeys(ReferenceMode):
-    def slots(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        return [(key * 1.001, value) for key, value in super().slots(layer)]
+    def slots(self, layer: int, stack: Any = 0) -> list[tuple[Tensor, Tensor]]:
+        return [(key * 1.001, value) for key, value in super().slots(layer, stack)]
 
 
 class CutsGradients(ReferenceMode):
-    def slots(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        return [(key.detach(), value) for key, value in super().slots(layer)]
+    def slots(self, layer: int, stack: Any = 0) -> list[tuple[Tensor, Tensor]]:
+        return [(key.detach(), value) for key, value in super().slots(layer, stack)]
 
 
 class SwapsHeads(ReferenceMode):
-    def slots(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        return [(key.flip(1), value.flip(1)) for key, value in super().slots(layer)]
+    def slots(self, layer: int, stack: Any = 0) -> list[tuple[Tensor, Tensor]]:
+        return [(key.flip(1), value.flip(1)) for key, value in super().slots(layer, stack)]
 
 
 class TwoSoftmaxes(ReferenceMode):
     def attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.attentions
-        slots = [
-            (k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)) for k, v in self.slots(layer)
-        ]
+        found = self.slots(layer, (STACK.kv_heads, STACK.head_dim))
+        slots = [(k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)) for k, v in found]
         out = super().attend(query, *args, **kwargs)
         if not slots:
             return out
@@ -150,7 +151,10 @@ class SkipsKeyNorm(FakeLibrary):
     """FFN keys miss their layer's key norm and rotation."""
 
     def convert(self, model: Any, config: MoDAConfig, **options: Any) -> Any:
-        model._treat = MethodType(lambda self, _, key, x: self._by_head(key, x), model)
+        def untreated(stack: RandomStack, attention: Any, key: Tensor, x: Tensor) -> Tensor:
+            return key.reshape(*x.shape[:2], STACK.kv_heads, STACK.head_dim).transpose(1, 2)
+
+        model._treat = MethodType(untreated, model)
         return super().convert(model, config, **options)
 
 
@@ -244,3 +248,116 @@ def test_the_model_is_not_modified(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(before) == list(stack.state_dict())
     assert all(torch.equal(before[name], value) for name, value in stack.state_dict().items())
     assert all(parameter.grad is None for parameter in stack.parameters())
+
+
+# ------------------------------------------------------------------- what it can be told besides
+
+
+def test_the_oracle_may_be_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeLibrary())
+    config = replace(STACK, mask="tril_bool", core=ByHand(), repeat="expand_after")
+    model, twin = RandomStack(config), RandomStack(replace(config, core="sdpa"))
+    assert check_conversion(model, config.inputs(), oracle=twin)
+    other = RandomStack(replace(config, core="sdpa", seed=1))
+    with pytest.raises(AssertionError, match="tensors are off"):
+        check_conversion(model, config.inputs(), oracle=other)
+
+
+class BreaksTheLastToken(ReferenceMode):
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().attend(*args, **kwargs)
+        return torch.cat([out[:, :, :-1], out[:, :, -1:] + 1], dim=2)
+
+
+def test_only_chosen_outputs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stack is causal, so a wrong last token is nobody else's business."""
+    library = FakeLibrary()
+    library.mode = BreaksTheLastToken
+    config = MoDAConfig()
+    assert check(monkeypatch, library, config, outputs=lambda logits: logits[:, :-1])
+    with pytest.raises(AssertionError, match="output"):
+        check(monkeypatch, library, config)
+
+
+class ForgetsWhenLong(ReferenceMode):
+    def slots(self, layer: int, stack: Any = 0) -> list[tuple[Tensor, Tensor]]:
+        found = super().slots(layer, stack)
+        return found if not found or found[0][0].shape[2] < 6 else found[:1]
+
+
+def test_every_further_call_is_held_to_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeLibrary()
+    library.mode = ForgetsWhenLong
+    short, long = replace(STACK, length=4).inputs(), replace(STACK, length=6).inputs()
+    names = [c.name for c in check(monkeypatch, library, MoDAConfig(), more=[short])]
+    assert {"output[0]", "call 1: output[0]"} <= set(names)
+    with pytest.raises(AssertionError, match="call 2: output"):
+        check(monkeypatch, library, MoDAConfig(), more=[short, long])
+
+
+def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, config = FakeLibrary(), MoDAConfig()
+    none = Budget(condition=0.0, rtol=0.0, atol=0.0)
+    compared = check(monkeypatch, library, config, autocast=torch.bfloat16, budget=none)
+    # 2^-9 is one rounding to bfloat16; in float32 the same would be 2^-24.
+    assert max(comparison.error for comparison in compared) > 2**-12
+    library.mode = DropsASlot
+    with pytest.raises(AssertionError, match="tensors are off"):
+        budget = Budget(condition=1.0)
+        check(monkeypatch, library, config, autocast=torch.bfloat16, budget=budget)
+
+
+def test_compilations_are_counted() -> None:
+    """Three lengths: the first alone, then one graph for all others."""
+    config = StackConfig()
+    more = [replace(config, length=length).inputs() for length in (7, 9)]
+    model = RandomStack(config)
+    check_conversion(model, config.inputs(), backend="eager", more=more, compilations=2)
+    with pytest.raises(AssertionError, match="got 2 compilations, expected <= 1"):
+        check_conversion(model, config.inputs(), backend="eager", more=more, compilations=1)
+
+
+# ------------------------------------------------------------------------------- near misses
+
+
+class Refuses(FakeLibrary):
+    def convert(self, model: Any, config: MoDAConfig, **_: Any) -> Any:
+        raise RewriteError("near miss", fix="none")
+
+
+class RefusesTooLate(FakeLibrary):
+    def convert(self, model: Any, config: MoDAConfig, **_: Any) -> Any:
+        with torch.no_grad():
+            model.head.weight.mul_(2)
+        raise RewriteError("near miss", fix="none")
+
+
+class RefusesHalf(FakeLibrary):
+    def convert(self, model: Any, config: MoDAConfig, **_: Any) -> Any:
+        model.forward = lambda ids: type(model).forward(model, ids) + 1
+        raise RewriteError("near miss", fix="none")
+
+
+def test_a_near_miss_has_to_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(model=replace(STACK, near_miss="softcap", repeat="expand_after"))
+    install(monkeypatch, Refuses())
+    case.check()
+    for library, message in (
+        (Identity(), "was converted"),
+        (RefusesTooLate(), "state has changed"),
+        (RefusesHalf(), "computes something else"),
+    ):
+        install(monkeypatch, library)
+        with pytest.raises(AssertionError, match=message):
+            case.check()
+
+
+def test_what_is_no_attention_must_not_keep_the_rest_from_conversion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear = replace(STACK, near_miss="linear", near_miss_layer=1, repeat="expand_after")
+    install(monkeypatch, FakeLibrary())
+    Case(model=linear).check()
+    install(monkeypatch, Refuses())
+    with pytest.raises(RewriteError):
+        Case(model=linear).check()

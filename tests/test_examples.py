@@ -56,3 +56,15 @@ def test_convert_pretrained():
     ]
     # The rewrite is not a no-op.
     assert losses[0][1] != losses[1][1]
+
+
+def test_custom_pattern():
+    pytest.importorskip("hypothesis")  # the extra `testing`
+    out = run_example("custom_pattern.py", "--layers", "3", "--backend", "aot_eager")
+    assert out.startswith("Before: 3 attentions refused, because attention is an attention whose")
+    assert "3 of 3 attentions converted to MoDA" in out
+    rows = re.findall(r"^\d +(\d) +example +4/2 +8 +(\w+) ", out, re.MULTILINE)
+    assert [block for block, _ in rows] == ["0", "1", "2"]
+    assert rows[0][1] == rows[2][1] == "causal" != rows[1][1]
+    # 16 parameters a layer and the output: the example raises if any of them is off.
+    assert "49 of 49 outputs and gradients agree with the float64 oracle." in out

@@ -69,17 +69,23 @@ def test_signatures() -> None:
         "example_inputs": None,
         "backend": "inductor",
         "strict": True,
+        "mode": None,
+        "options": None,
+        "dynamic": None,
     }
     attention = inspect.signature(moda_compile.moda_attention).parameters
     assert list(attention) == [
-        "q", "k", "v", "depth_k", "depth_v", "is_causal", "scale", "return_lse",
+        "q", "k", "v", "depth_k", "depth_v", "is_causal", "attn_mask", "scale",
+        "return_lse",
     ]  # fmt: skip
     assert [n for n, p in attention.items() if p.kind is p.KEYWORD_ONLY] == [
         "is_causal",
+        "attn_mask",
         "scale",
         "return_lse",
     ]
     assert list(inspect.signature(moda_compile.revert).parameters) == ["model"]
+    assert list(inspect.signature(moda_compile.register_pattern).parameters) == ["pattern"]
     explain = inspect.signature(moda_compile.explain).parameters
     assert [p.kind for p in explain.values()] == [
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -237,6 +243,7 @@ def attention(i: int, **options: Any) -> AttentionReport:
         "kv_heads": 2,
         "head_dim": 64,
         "causal": True,
+        "stack": 0,
         "reads": tuple(range(i)),
         "writes": (i,),
         "lowering": "cpu",
@@ -248,21 +255,27 @@ def attention(i: int, **options: Any) -> AttentionReport:
 def test_report_as_text() -> None:
     report = Report(
         config=MoDAConfig(),
-        attentions=(attention(0), attention(1), attention(2, writes=(), causal=False, block="")),
+        attentions=(
+            attention(0),
+            attention(1, masked=True, causal=False),
+            attention(2, writes=(), causal=False, block="", stack=None),
+        ),
         refusals=(AttentionReport(block="x", source=None, pattern="sdpa", refusal="No."),),
+        bystanders=(AttentionReport(block="y", source=None, pattern="sdpa", reason="Cross."),),
         costs=(("new parameters", "0", "0"),),
     )
     assert str(report).splitlines() == [
         "3 of 4 attentions converted to MoDA (ffn_kv='none', depth=True)",
         "",
-        "#  block          pattern  heads  d   mask    reads  writes  lowering",
-        "-  -------------  -------  -----  --  ------  -----  ------  --------",
-        "0  layers.0.attn  sdpa     8/2    64  causal  -      0       cpu",
-        "1  layers.1.attn  sdpa     8/2    64  causal  0      1       cpu",
-        "2  (model)        sdpa     8/2    64  full    0-1    -       cpu",
+        "#  block          pattern  heads  d   mask    stack  reads  writes  lowering",
+        "-  -------------  -------  -----  --  ------  -----  -----  ------  --------",
+        "0  layers.0.attn  sdpa     8/2    64  causal  0      -      0       cpu",
+        "1  layers.1.attn  sdpa     8/2    64  own     0      0      1       cpu",
+        "2  (model)        sdpa     8/2    64  full    -      0-1    -       cpu",
         "  cpu: the tensors are on a CPU",
         "  source: model.py:12",
         "refused: x (None): No.",
+        "left alone: y (None): Cross.",
         "",
         "cost            formula  here",
         "--------------  -------  ----",

@@ -15,6 +15,7 @@ from moda_compile.errors import InputError
 from moda_compile.testing import (
     FFNSlots,
     RandomStack,
+    Reader,
     ReferenceMode,
     StackConfig,
     moda_attention_reference,
@@ -246,13 +247,23 @@ def test_the_mode_is_reusable_and_leaves_no_hooks() -> None:
 
 def test_the_mode_refuses_what_it_cannot_answer() -> None:
     q, longer = randn(1, 2, 3, 4), randn(1, 2, 5, 4)
+    with ReferenceMode(stacks=lambda *_: 0):
+        with pytest.raises(InputError, match="3 queries and 5 keys"):
+            F.scaled_dot_product_attention(q, longer, longer)
+        F.scaled_dot_product_attention(q, q, q)
+        with pytest.raises(InputError, match="slots are of another"):
+            F.scaled_dot_product_attention(longer, longer, longer)
+    with ReferenceMode(stacks=[None]):
+        F.scaled_dot_product_attention(q, longer, longer)
+        with pytest.raises(InputError, match="stacks names 1 calls"):
+            F.scaled_dot_product_attention(q, q, q)
     with ReferenceMode():
         with pytest.raises(InputError, match="dropout_p=0.1"):
             F.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
-        with pytest.raises(InputError, match="3 queries and 5 keys"):
-            F.scaled_dot_product_attention(q, longer, longer)
+        four = randn(1, 4, 3, 4)
         with pytest.raises(InputError, match="set enable_gqa"):
-            F.scaled_dot_product_attention(q, q[:, :1], q[:, :1])
+            F.scaled_dot_product_attention(four, q, q)
+        F.scaled_dot_product_attention(four, q[:, :1], q[:, :1])  # one head is broadcast
     slots = FFNSlots(modules=["1"], key_value=lambda layer, x: (x, x))
     with pytest.raises(InputError, match="expected the model"):
         ReferenceMode(ffn_slots=slots)
@@ -264,13 +275,123 @@ def test_the_mode_refuses_what_it_cannot_answer() -> None:
         reference(nn.Linear(2, 2), torch.zeros(1, 2))
 
 
-def test_groups_need_a_layout_that_can_hold_them() -> None:
-    with pytest.raises(InputError, match="got groups=2, needs 1"):
-        StackConfig(groups=2, projection="chunk")
+# ------------------------------------------------------- stacks, readers and other functions
 
 
-def test_reprs_run() -> None:
-    stack = RandomStack(StackConfig(layers=2, mask="window_bool", scale=0.3))
-    again = eval(repr(stack))
-    (ids,) = stack.config.inputs()
-    assert torch.equal(stack(ids), again(ids))
+def slots_of(mode: ReferenceMode, stack: Any = 0) -> int:
+    return len(mode.slots(99, stack))
+
+
+def test_slots_are_shared_within_a_stack_only() -> None:
+    """Two towers' calls in turn: each reads what its own tower wrote."""
+    q = [randn(1, 2, 3, 4, seed=i) for i in range(4)]
+    with ReferenceMode(stacks=["a", "b", "a", "b"]) as mode:
+        out = [F.scaled_dot_product_attention(x, x, x) for x in q]
+    for first, second in ((0, 2), (1, 3)):
+        assert torch.equal(out[first], F.scaled_dot_product_attention(*[q[first]] * 3))
+        slot = q[first][None]
+        expected, _ = moda_attention_reference(*[q[second]] * 3, slot, slot)
+        torch.testing.assert_close(out[second], expected, **CLOSE)
+    assert (mode.attentions, slots_of(mode, "a"), slots_of(mode, "b")) == (4, 2, 2)
+
+
+def test_a_reader_reads_and_does_not_write() -> None:
+    q = [randn(1, 2, 3, 4, seed=i) for i in range(3)]
+    with ReferenceMode(stacks=[0, Reader(), 0]) as mode:
+        out = [F.scaled_dot_product_attention(q[i], q[0], q[0]) for i in range(3)]
+    slot = q[0][None]
+    for i in (1, 2):  # both read the first one's slot alone
+        expected, _ = moda_attention_reference(q[i], q[0], q[0], slot, slot)
+        torch.testing.assert_close(out[i], expected, **CLOSE)
+    assert (mode.attentions, slots_of(mode)) == (3, 2)
+
+
+def test_slots_of_repeated_heads_reach_layers_of_fewer() -> None:
+    """One layer repeated its two KV heads for four query heads, the next for six."""
+    kv = [randn(1, 2, 3, 4, seed=i) for i in range(2)]
+    q = [randn(1, heads, 3, 4, seed=heads) for heads in (4, 6)]
+    with ReferenceMode(stacks=lambda *_: 0):
+        for query, x in zip(q, kv, strict=True):
+            repeated = x.repeat_interleave(query.shape[1] // 2, dim=1)
+            out = F.scaled_dot_product_attention(query, repeated, repeated)
+        other = randn(1, 3, 3, 4)
+        with pytest.raises(InputError, match="got 4 KV heads in a slot"):
+            F.scaled_dot_product_attention(other, other, other)
+    expected, _ = moda_attention_reference(q[1], kv[1], kv[1], kv[0][None], kv[0][None])
+    torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def test_a_call_of_no_stack_is_the_original() -> None:
+    q, memory = randn(1, 2, 3, 4), randn(1, 2, 5, 4, seed=1)
+    with ReferenceMode(stacks=[0, None, 0]) as mode:
+        F.scaled_dot_product_attention(q, q, q)
+        out = F.scaled_dot_product_attention(q, memory, memory)
+        F.scaled_dot_product_attention(q, q, q)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, memory, memory))
+    assert (mode.attentions, mode.calls, slots_of(mode)) == (2, 3, 2)
+
+
+def test_without_stacks_they_are_told_by_shape() -> None:
+    """Keys of one shape share; between different lengths there is nothing to share."""
+    q, wide, memory = randn(1, 2, 3, 4), randn(1, 2, 3, 6), randn(1, 2, 5, 4)
+    with ReferenceMode() as mode:
+        for x, y in ((q, q), (wide, wide), (q, memory), (q, q)):
+            F.scaled_dot_product_attention(x, y, y)
+    assert (mode.attentions, mode.calls) == (3, 4)
+    assert [slots_of(mode, tuple(x.shape)) for x in (q, wide, memory)] == [2, 1, 0]
+
+
+def test_a_dead_row_is_the_originals_without_slots_and_all_depth_with() -> None:
+    q, slot = randn(1, 1, 3, 4), randn(1, 1, 3, 4, seed=1)
+    mask = torch.tensor([[False] * 3, [True] * 3, [True] * 3])
+    with ReferenceMode(stacks=lambda *_: 0):
+        first = F.scaled_dot_product_attention(slot, slot, slot, attn_mask=mask)
+        second = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    assert torch.equal(first, F.scaled_dot_product_attention(slot, slot, slot, attn_mask=mask))
+    torch.testing.assert_close(second[:, :, 0], slot[:, :, 0], **CLOSE)
+    assert (second[:, :, 1] - slot[:, :, 1]).abs().max() > 1e-3
+
+
+def token_major_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A user's own function: `[B, T, H, d]`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1).matmul(v).transpose(1, 2)
+
+
+def from_token_major(attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+@torch.library.custom_op("moda_test::token_major", mutates_args=())
+def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return token_major_attention(q, k, v).contiguous()
+
+
+@pytest.mark.parametrize("kind", ["function", "custom_op", "packet", "overload"])
+def test_other_attention_functions(kind: str) -> None:
+    packet = torch.ops.moda_test.token_major
+    key, call = {
+        "function": (token_major_attention, lambda *x: token_major_attention(*x)),
+        "custom_op": (operator, operator),
+        "packet": (packet, packet),
+        "overload": (packet.default, packet.default),
+    }[kind]
+    q = [randn(1, 3, 2, 4, seed=i) for i in range(2)]
+    with ReferenceMode(functions={key: from_token_major}) as mode:
+        out = [call(x, x, x) for x in q]
+    assert mode.attentions == 2
+    torch.testing.assert_close(out[0], token_major_attention(*[q[0]] * 3), rtol=0, atol=0)
+    heads = [x.transpose(1, 2) for x in q]
+    expected, _ = moda_attention_reference(*[heads[1]] * 3, heads[0][None], heads[0][None])
+    torch.testing.assert_close(out[1].transpose(1, 2), expected, **CLOSE)
+    assert token_major_attention.__name__ == "token_major_attention"  # and is itself again
+
+
+def test_score_mod() -> None:
+    q, slot = randn(1, 2, 3, 4), randn(1, 1, 2, 3, 4, seed=1)
+    bias = randn(2, 3, 3, seed=2)
+    by_mask, by_mod = (
+        moda_attention_reference(q, q, q, slot, slot, **options)[0]
+        for options in ({"attn_mask": bias}, {"score_mod": lambda scores: scores + bias})
+    )
+    torch.testing.assert_close(by_mod, by_mask, **CLOSE)

@@ -15,12 +15,20 @@ def run(gm: GraphModule, plan: Plan) -> None:
     """Fill in ``plan.lowerings``."""
     from moda_compile import kernels
 
-    for attention in plan.attentions:
-        if not plan.slots:
+    replaced = set(plan.replaced)
+    for layer, attention in enumerate(plan.attentions):
+        if layer not in replaced:
             plan.lowerings.append(("unchanged", "there is no slot to attend to"))
             continue
-        query = fx.value(attention.node)
-        chosen = kernels.choose(
-            device_type=query.device.type, dtype=query.dtype, head_dim=int(query.shape[-1])
-        )
+        query, mask = fx.value(attention.query), fx.value(attention.mask)
+        what = {
+            "device_type": query.device.type,
+            "dtype": fx.value(attention.node).dtype,
+            "head_dim": int(query.shape[-1]),
+        }
+        if attention.sequence is not None:
+            chosen = kernels.choose_merge(**what)
+        else:
+            learned = mask is not None and mask.requires_grad
+            chosen = kernels.choose(**what, masked=mask is not None, mask_gradient=learned)
         plan.lowerings.append((chosen.name, chosen.reason))

@@ -1,8 +1,8 @@
 """Put the combined attention in: the only pass that changes what the graph computes.
 
 Why it is safe: every use of an attention's output gets the new output, of the same shape, dtype
-and memory order; every slot is written in front of its first reader; and a writer's keys and
-values are the very tensors its own attention uses.
+and layout; every slot is written in front of its first reader; and a writer's keys and values are
+the very tensors its own attention uses.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch.fx import GraphModule, Node
 
 from moda_compile import fx, markers, ops
 from moda_compile.errors import RewriteError
+from moda_compile.patterns import calls
+from moda_compile.patterns.ffn import FFN
 from moda_compile.patterns.row import Attention
 from moda_compile.plan import Plan, Slot
 
@@ -22,92 +24,156 @@ _write_slot = torch.ops.moda_compile.write_slot.default
 
 
 def run(gm: GraphModule, plan: Plan) -> None:
-    """Replace each attention of the plan. With no slots, nothing is changed at all."""
+    """Replace the attentions of the plan. With no slots, nothing is changed at all."""
     if not plan.slots:
         return
-    keys: list[Node] = []
-    values: list[Node] = []
-    token: Node | None = None
-    for layer, attention in enumerate(plan.attentions):
-        node, dtype = attention.node, fx.value(attention.node).dtype
-        with gm.graph.inserting_before(node):
-            # Autocast lowers what SDPA computes in, not what a custom operator does.
-            query, key, value = (
-                fx.insert(gm, "to", (x, dtype), like=node)
-                for x in (attention.query, attention.key, attention.value)
+    attentions = {attention.node: layer for layer, attention in enumerate(plan.attentions)}
+    carriers = _carriers(gm, plan)
+    chains = [_Chain(gm, plan, stack) for stack in range(len(plan.stacks))]
+    chain_of = {layer: chains[i] for i, stack in enumerate(plan.stacks) for layer in stack.members}
+    # An FFN's slot is written as soon as all it is made from is there, in the region (such as an
+    # activation checkpoint) of the FFN itself.
+    behind = {slot: _behind(plan, slot, carriers) for slot in plan.slots if slot.ffn is not None}
+    waiting: dict[Node, list[Slot]] = {}
+    for slot, sources in behind.items():
+        for source in sources:
+            waiting.setdefault(source, []).append(slot)
+    nodes = list(gm.graph.nodes)
+    for node, following in zip(nodes, nodes[1:], strict=False):
+        if node in attentions:
+            layer = attentions[node]
+            with gm.graph.inserting_before(node):
+                chain_of[layer].attention(layer)
+        for slot in waiting.get(node, ()):
+            behind[slot].discard(node)
+            if not behind[slot]:
+                carrier = carriers.get(slot.ffn) if slot.ffn is not None else None
+                with gm.graph.inserting_before(following):
+                    chains[slot.stack].ffn(slot, None if carrier is None else carrier.args[1])
+
+
+class _Chain:
+    """One stack's slots and token while the graph is walked through."""
+
+    def __init__(self, gm: GraphModule, plan: Plan, stack: int) -> None:
+        self.gm, self.plan = gm, plan
+        self.slots = [slot for slot in plan.slots if slot.stack == stack]
+        first = plan.attentions[plan.stacks[stack].members[0]]
+        self.dtype = fx.value(first.node).dtype
+        self.replaced = set(plan.replaced)
+        self.own = {slot.layer: slot for slot in self.slots if slot.ffn is None}
+        self.keys: list[Node] = []
+        self.values: list[Node] = []
+        self.token: Node | None = None
+
+    def attention(self, layer: int) -> None:
+        """Write the attention's slot, then replace the attention if the plan says so."""
+        attention = self.plan.attentions[layer]
+        slot, replaced = self.own.get(layer), layer in self.replaced
+        if slot is None and not replaced:
+            return
+        node = attention.node
+        # Autocast lowers what SDPA computes in, not what a custom operator does.
+        query, key, value = (
+            fx.insert(self.gm, "to", (x, self.dtype), like=node)
+            for x in (attention.query, attention.key, attention.value)
+        )
+        # The own slot is written in front of the attention, so in backward the row is taken out
+        # behind it, and Inductor adds it to the sequence part's gradient for free.
+        depth = list(self.keys), list(self.values)
+        if slot is not None:
+            self.write(slot, key, value, like=node)
+        if not replaced:
+            return
+        assert self.token is not None and len(depth[0]) == self.plan.reads[layer]
+        scale = float(attention.scale if attention.scale is not None else _default_scale(attention))
+        args: tuple[Any, ...]
+        if attention.sequence is not None:
+            out, lse = attention.sequence
+            op, args = (
+                torch.ops.moda_compile.join.default,
+                (out, lse, query, self.token, *depth, scale),
             )
-            for slot in plan.slots:
-                if slot.ffn is not None and slot.layer == layer - 1:
-                    written = _ffn_key_value(gm, plan, slot, dtype, like=node)
-                    token = _write(gm, plan, slot, token, *written, like=node)
-                    keys.append(written[0])
-                    values.append(written[1])
-            # The own slot is written in front of the attention, so in backward the row is taken
-            # out behind it, and Inductor adds it to the sequence part's gradient for free.
-            depth = list(keys), list(values)
-            for slot in plan.slots:
-                if slot.ffn is None and slot.layer == layer:
-                    token = _write(gm, plan, slot, token, key, value, like=node)
-                    keys.append(key)
-                    values.append(value)
-            scale = attention.scale if attention.scale is not None else _default_scale(attention)
-            assert token is not None and len(depth[0]) == plan.reads[layer]
-            both = fx.insert(
-                gm,
-                _attend,
-                (query, key, value, token, *depth, attention.is_causal, float(scale)),
-                like=node,
+        else:
+            args = (query, key, value, self.token, *depth, attention.is_causal, scale)
+            op, args = _attend, args if attention.mask is None else (*args, attention.mask)
+        both = fx.insert(self.gm, op, args, like=node, instead=_without(args, depth))
+        output, self.token = fx.item(self.gm, both, 0), fx.item(self.gm, both, 1)
+        for step in attention.restore:
+            output = fx.insert(
+                self.gm, step.target, (output, *step.args), dict(step.kwargs), like=node
             )
-            output, token = fx.item(gm, both, 0), fx.item(gm, both, 1)
-            for step in attention.restore:
-                output = fx.insert(
-                    gm, step.target, (output, *step.args), dict(step.kwargs), like=node
-                )
+        call = calls.first_of(node)
         node.replace_all_uses_with(output)
-        gm.graph.erase_node(node)
+        self.gm.graph.erase_node(node)
+        if call is not None and call is not node and not call.users:  # of several results
+            self.gm.graph.erase_node(call)
+
+    def ffn(self, slot: Slot, weights: Any) -> None:
+        """Write an FFN's slot: linear, then the layer's own treatment of its keys.
+
+        ``weights``: the key's and the value's; ``None`` to share the layer's own.
+        """
+        assert slot.ffn is not None and slot.key is not None and slot.value is not None
+        like = slot.ffn.node
+        made = []
+        for i, projection in enumerate((slot.key, slot.value)):
+            weight, bias = projection.weight(self.gm) if weights is None else (weights[i], None)
+            features = fx.insert(
+                self.gm, torch.nn.functional.linear, (slot.ffn.input, weight, bias), like=like
+            )
+            result = projection.apply(self.gm, features)
+            made.append(fx.insert(self.gm, "to", (result, self.dtype), like=like))
+        self.write(slot, made[0], made[1], like=like)
+
+    def write(self, slot: Slot, key: Node, value: Node, like: Node) -> None:
+        """Append the slot."""
+        assert slot.index == len(self.keys)
+        dtype = ops.accumulator_dtype(self.dtype, self.plan.config.accumulator_dtype)
+        args = (self.token, key, value, slot.index, len(self.slots), dtype)
+        self.token = fx.insert(self.gm, _write_slot, args, like=like)
+        self.keys.append(key)
+        self.values.append(value)
+
+
+def _without(args: tuple[Any, ...], depth: tuple[list[Node], list[Node]]) -> tuple[Any, ...]:
+    """Arguments with one slot only: shapes and dtypes of a result do not depend on how many."""
+    return tuple(x[:1] if any(x is slots for slots in depth) else x for x in args)
 
 
 def _default_scale(attention: Attention) -> float:
     return float(int(fx.value(attention.query).shape[-1]) ** -0.5)
 
 
-def _write(
-    gm: GraphModule, plan: Plan, slot: Slot, token: Node | None, key: Node, value: Node, like: Node
-) -> Node:
-    dtype = ops.accumulator_dtype(fx.value(like).dtype, plan.config.accumulator_dtype)
-    args = (token, key, value, slot.index, len(plan.slots), dtype)
-    return fx.insert(gm, _write_slot, args, like=like)
-
-
-def _ffn_key_value(
-    gm: GraphModule, plan: Plan, slot: Slot, dtype: torch.dtype, like: Node
-) -> tuple[Node, Node]:
-    """Append what makes an FFN's slot: linear, then the layer's own treatment of its keys."""
-    assert slot.ffn is not None and slot.key is not None and slot.value is not None
-    made = []
-    weights = _projected(plan, slot) if plan.config.ffn_kv == "projected" else (None, None)
-    for projection, projected in zip((slot.key, slot.value), weights, strict=True):
-        weight, bias = (projected, None) if projected is not None else projection.weight(gm)
-        features = fx.insert(
-            gm, torch.nn.functional.linear, (slot.ffn.input, weight, bias), like=slot.ffn.node
-        )
-        result = projection.apply(gm, features)
-        made.append(fx.insert(gm, "to", (result, dtype), like=like))
-    return made[0], made[1]
-
-
-def _projected(plan: Plan, slot: Slot) -> tuple[Node, Node]:
-    """The new weights that the slot's FFN brought into the graph with its mark."""
+def _behind(plan: Plan, slot: Slot, carriers: dict[FFN, Node]) -> set[Node]:
     assert slot.ffn is not None
-    carriers = [m for m in plan.marks if markers.spec_of(m.args).ffn]
-    number = [s.ffn for s in plan.slots if s.ffn is not None].index(slot.ffn)
-    if number >= len(carriers):
-        raise RewriteError(
-            f"the graph holds projection weights for {len(carriers)} FFNs, so none for this one.",
-            fix="convert the model with moda_compile.convert, which adds them, and call the "
-            "converted model itself.",
-            block=slot.ffn.path,
-            source=fx.source_line(slot.ffn.node),
-        )
-    weights: Any = carriers[number].args[1]
-    return weights[0], weights[1]
+    nodes = {plan.attentions[slot.layer].node, slot.ffn.node}
+    return nodes | ({carriers[slot.ffn]} if slot.ffn in carriers else set())
+
+
+def _carriers(gm: GraphModule, plan: Plan) -> dict[FFN, Node]:
+    """For each FFN that writes a slot with new weights, the mark that brings them.
+
+    A mark sits on its module's result, so it is the first of its kind behind the FFN.
+    """
+    if plan.config.ffn_kv != "projected":
+        return {}
+    ffns = {slot.ffn.node: slot.ffn for slot in plan.slots if slot.ffn is not None}
+    marks = {mark for mark in plan.marks if markers.spec_of(mark.args).ffn}
+    found: dict[FFN, Node] = {}
+    last: FFN | None = None
+    for node in gm.graph.nodes:
+        if node in ffns:
+            last = ffns[node]
+        elif node in marks and last is not None:
+            found[last], last = node, None
+    for ffn in ffns.values():
+        if ffn not in found:
+            raise RewriteError(
+                f"the graph holds projection weights for {len(found)} FFNs, but not for this one.",
+                fix="convert the model with moda_compile.convert, which adds them, and call the "
+                "converted model itself.",
+                block=ffn.path,
+                source=fx.source_line(ffn.node),
+            )
+    return found

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map_only
 
 import moda_compile
 from moda_compile.backend import Compiler
 from moda_compile.config import MoDAConfig
-from moda_compile.testing.reference import FFNSlots, ReferenceMode
-from moda_compile.testing.stacks import RandomStack
+from moda_compile.testing.reference import FFNSlots, Functions, ReferenceMode, StackOf
+from moda_compile.testing.stacks import RandomPair, RandomStack
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 #: Builds the FFN oracle for one copy of the model (the float64 one, then the one in the model's
 #: dtype), given the converted model's parameters by name in that dtype.
@@ -78,11 +82,19 @@ class _Run:
 
 def check_conversion(
     model: nn.Module,
-    inputs: tuple[Any, ...] | Mapping[str, Any],
+    inputs: Inputs,
     config: MoDAConfig | None = None,
     *,
     backend: Compiler = "inductor",
     ffn_slots: FFNSlotsFactory | None = None,
+    stacks: StackOf | None = None,
+    functions: Functions | None = None,
+    oracle: nn.Module | None = None,
+    outputs: Callable[[Any], Any] | None = None,
+    more: Sequence[Inputs] = (),
+    compilations: int | None = None,
+    autocast: torch.dtype | None = None,
+    explain: bool = True,
     budget: Budget | None = None,
 ) -> list[Comparison]:
     """Convert a copy of `model` and require everything that `moda_compile.convert` promises.
@@ -99,7 +111,19 @@ def check_conversion(
         inputs: arguments of one forward pass, a tuple (positional) or a mapping (keywords).
         config: default `MoDAConfig()`.
         backend: as for `convert`.
-        ffn_slots: the FFN oracle if `config.ffn_kv` is not "none"; a `RandomStack` has its own.
+        ffn_slots: the FFN oracle if `config.ffn_kv` is not "none".
+        stacks, functions: for `ReferenceMode`: which stack each attention call belongs to, and
+            attention functions beside SDPA.  A `RandomStack` or `RandomPair` knows them itself, and
+            `ffn_slots`.
+        oracle: an eager model with parameters of the same names and values whose attentions the
+            oracle can see (an SDPA twin of attention written by hand); default `model` itself.
+        outputs: what of the model's return value is compared and differentiated; default: all
+            floating tensors.
+        more: arguments of further forward passes of the same converted model, of other lengths or
+            batches; each is held to the oracle too.
+        compilations: at most so many over all passes; None does not count.
+        autocast: run model, conversion and eager oracle under `torch.autocast` to this dtype.
+        explain: whether to look at `moda_compile.explain` as well, a third of the time taken.
         budget: how much rounding to allow on top of the eager oracle's own error.
 
     Returns:
@@ -109,109 +133,178 @@ def check_conversion(
         AssertionError: with got, expected and, for a `RandomStack`, a runnable reproduction.
     """
     config = MoDAConfig() if config is None else config
+    check = _Check(
+        model=model,
+        config=config,
+        backend=backend,
+        ffn_slots=ffn_slots,
+        told={"stacks": stacks, "functions": functions},
+        oracle=model if oracle is None else oracle,
+        outputs=(lambda output: output) if outputs is None else outputs,
+        autocast=autocast,
+        budget=budget or Budget(),
+    )
     try:
-        return _check(model, inputs, config, backend, ffn_slots, budget or Budget())
+        return check.run([inputs, *more], compilations, explain)
     except AssertionError as error:
-        if isinstance(model, RandomStack):
+        if isinstance(model, (RandomStack, RandomPair)):
             error.args = (f"{error}\n{_reproduction(model, config, backend)}",)
         raise
 
 
-def _check(
-    model: nn.Module,
-    inputs: tuple[Any, ...] | Mapping[str, Any],
-    config: MoDAConfig,
-    backend: Compiler,
-    ffn_slots: FFNSlotsFactory | None,
-    budget: Budget,
-) -> list[Comparison]:
-    if ffn_slots is None and isinstance(model, RandomStack):
-        ffn_slots = _stack_slots(config)
-    if ffn_slots is None and config.ffn_kv != "none":
-        raise AssertionError(f"ffn_kv={config.ffn_kv!r}: got ffn_slots=None, expected its oracle")
-    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
-    torch._dynamo.reset()  # stacks share their code objects: stale entries hit the recompile limit
-    original = copy.deepcopy(model)
-    plain = _tensors(original(*args, **kwargs))
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    """The arguments of `check_conversion`, which says what they are."""
 
-    converted = copy.deepcopy(model)
-    example = inputs if isinstance(inputs, tuple) else dict(inputs)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # new parameters are drawn: a reproduction has to draw the same
-        result = moda_compile.convert(converted, config, example_inputs=example, backend=backend)
-        _expect("convert returns the same object", result is converted, True)
-        _check_state(original, converted, config)
-        once = {name: tensor.clone() for name, tensor in converted.state_dict().items()}
-        moda_compile.convert(converted, config, example_inputs=example, backend=backend)
-    _same_state("converting twice", converted.state_dict(), once)
+    model: nn.Module
+    config: MoDAConfig
+    backend: Compiler
+    ffn_slots: FFNSlotsFactory | None
+    told: dict[str, Any]
+    oracle: nn.Module
+    outputs: Callable[[Any], Any]
+    autocast: torch.dtype | None
+    budget: Budget
 
-    if not config.depth:  # the ablation: nothing may change, so the oracle is the model itself
-        _same_outputs("depth=False", _tensors(converted(*args, **kwargs)), plain)
-        return []
+    def run(
+        self, inputs: Sequence[Inputs], compilations: int | None, explain: bool
+    ) -> list[Comparison]:
+        """All of it."""
+        model, config = self.model, self.config
+        known = isinstance(self.oracle, (RandomStack, RandomPair))
+        if self.ffn_slots is None and not known and config.ffn_kv != "none":
+            raise AssertionError(
+                f"ffn_kv={config.ffn_kv!r}: got ffn_slots=None, expected its oracle"
+            )
+        args, kwargs = _split(inputs[0])
+        torch._dynamo.reset()  # stacks share code objects: stale entries hit the recompile limit
+        original = copy.deepcopy(model)
+        plain = self.forward(original, args, kwargs)
 
-    got = _run(converted, args, kwargs, torch.float64)
-    new = {
-        name: parameter
-        for name, parameter in converted.named_parameters()
-        if name.rpartition(".")[2] in NEW_PARAMETERS
-    }
-    expected, calls = _oracle(model, args, kwargs, new, torch.float64, ffn_slots)
-    eager, _ = _oracle(model, args, kwargs, new, dtype, ffn_slots)
-    eps = torch.finfo(dtype).eps
-    shaken, _ = _oracle(model, args, kwargs, new, torch.float64, ffn_slots, noise=eps)
-    comparisons = _compare(got, expected, eager, shaken, eps, budget)
+        converted = copy.deepcopy(model)
+        example = args or kwargs
+        options: dict[str, Any] = {"example_inputs": example, "backend": self.backend}
+        with torch.random.fork_rng(), self.low():
+            torch.manual_seed(0)  # new parameters are drawn: a reproduction has to draw the same
+            result = moda_compile.convert(converted, config, **options)
+            _expect("convert returns the same object", result is converted, True)
+            _check_state(original, converted, config)
+            once = {name: tensor.clone() for name, tensor in converted.state_dict().items()}
+            moda_compile.convert(converted, config, **options)
+        _same_state("converting twice", converted.state_dict(), once)
 
-    report = moda_compile.explain(copy.deepcopy(model), *args, config=config, **kwargs)
-    _expect("explain: number of attentions", len(report.attentions), calls)
+        comparisons: list[Comparison] = []
+        if config.depth:
+            calls = 0
+            counters["stats"].pop("unique_graphs", None)
+            for number, one in enumerate(inputs):
+                name = f"call {number}: " if number else ""
+                found, calls = self.compare(converted, *_split(one), name)
+                comparisons += found
+            compiled = counters["stats"].get("unique_graphs", 0)
+            if compilations is not None and compiled > compilations:
+                raise AssertionError(f"got {compiled} compilations, expected <= {compilations}")
+            if explain:
+                with self.low():
+                    twin = copy.deepcopy(model)
+                    report = moda_compile.explain(twin, *args, config=config, **kwargs)
+                _expect("explain: number of attentions", len(report.attentions), calls)
+        else:  # the ablation: nothing may change, so the oracle is the model itself
+            for one in inputs:
+                got, expected = (self.forward(m, *_split(one)) for m in (converted, original))
+                _same_outputs("depth=False", got, expected)
 
-    moda_compile.revert(converted)
-    _expect("revert: class", type(converted), type(original))
-    _same_state("revert", converted.state_dict(), original.state_dict())
-    _expect("revert: module attributes", _attributes(converted), _attributes(original))
-    _same_outputs("revert", _tensors(converted(*args, **kwargs)), plain)
-    return comparisons
+        moda_compile.revert(converted)
+        _expect("revert: class", type(converted), type(original))
+        _same_state("revert", converted.state_dict(), original.state_dict())
+        _expect("revert: module attributes", _attributes(converted), _attributes(original))
+        _same_outputs("revert", self.forward(converted, args, kwargs), plain)
+        return comparisons
 
+    def low(self) -> AbstractContextManager[Any]:
+        """Autocast, if asked for."""
+        if self.autocast is None:
+            return nullcontext()
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, dtype=self.autocast)
 
-def _oracle(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    new: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    ffn_slots: FFNSlotsFactory | None,
-    noise: float = 0.0,
-) -> tuple[_Run, int]:
-    """Run the oracle in `dtype`; also return its number of attention calls.
+    def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The tensors of one forward pass that count."""
+        with self.low():
+            return _tensors(self.outputs(model(*args, **kwargs)))
 
-    With `noise`, every parameter is first multiplied by `1 + noise * x`, x standard normal.
-    """
-    twin = copy.deepcopy(model).to(dtype)
-    leaves = {name: p.detach().to(dtype).clone().requires_grad_() for name, p in new.items()}
-    if noise:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in (*twin.parameters(), *leaves.values()):
-                shake = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.mul_(1.0 + noise * shake.to(parameter))
-    mode = ReferenceMode(twin, None if ffn_slots is None else ffn_slots(twin, leaves))
-    args, kwargs = tree_map_only(
-        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
-    )
-    with mode:
-        run = _run(twin, args, kwargs, torch.float64, leaves)
-    return run, mode.attentions
+    def compare(
+        self, converted: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+    ) -> tuple[list[Comparison], int]:
+        """One pass against the oracle; also the oracle's number of attention calls."""
+        with self.low():
+            got = _run(converted, args, kwargs, self.outputs)
+        new = {
+            name: parameter
+            for name, parameter in converted.named_parameters()
+            if name.rpartition(".")[2] in NEW_PARAMETERS
+        }
+        dtypes = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
+        dtypes += [self.autocast] if self.autocast is not None else []
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        expected, calls = self.reference(args, kwargs, new, exact=True)
+        with self.low():
+            eager, _ = self.reference(args, kwargs, new, exact=False)
+        shaken, _ = self.reference(args, kwargs, new, exact=True, noise=eps)
+        return _compare(got, expected, eager, shaken, eps, self.budget, name), calls
+
+    def reference(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        new: Mapping[str, Tensor],
+        *,
+        exact: bool,
+        noise: float = 0.0,
+    ) -> tuple[_Run, int]:
+        """Run the oracle, in float64 if `exact`; also return its number of attention calls.
+
+        With `noise`, every parameter is first multiplied by `1 + noise * x`, x standard normal.
+        """
+
+        def cast(tensor: Tensor) -> Tensor:
+            wide = exact and tensor.is_floating_point()
+            return tensor.to(torch.float64) if wide else tensor
+
+        twin = copy.deepcopy(self.oracle)
+        twin = twin.to(torch.float64) if exact else twin
+        for module in twin.modules():
+            if isinstance(module, RandomStack):
+                module.checkpoint = False
+        leaves = {name: cast(p.detach()).clone().requires_grad_() for name, p in new.items()}
+        if noise:
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in (*twin.parameters(), *leaves.values()):
+                    shake = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.mul_(1.0 + noise * shake.to(parameter))
+        told = self.told
+        if isinstance(twin, (RandomStack, RandomPair)):
+            told = twin.oracle(self.config.ffn_kv, leaves)
+        if self.ffn_slots is not None:
+            told = told | {"ffn_slots": self.ffn_slots(twin, leaves)}
+        mode = ReferenceMode(twin, **told)
+        args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+        with mode:
+            run = _run(twin, args, kwargs, self.outputs, leaves)
+        return run, mode.attentions
 
 
 def _run(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    dtype: torch.dtype,
+    choose: Callable[[Any], Any],
     extra: Mapping[str, Tensor] | None = None,
 ) -> _Run:
-    """Outputs and gradients, both in `dtype`, of a fixed random projection of the outputs."""
-    outputs = _tensors(model(*args, **kwargs))
+    """Outputs and gradients, in float64, of a fixed random projection of the outputs."""
+    model.zero_grad(set_to_none=True)
+    outputs = _tensors(choose(model(*args, **kwargs)))
     generator = torch.Generator().manual_seed(0)
     projections = [
         torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs
@@ -224,8 +317,8 @@ def _run(
         if p.requires_grad
     }
     return _Run(
-        outputs=[out.detach().to(dtype) for out in outputs],
-        gradients={name: gradient.to(dtype) for name, gradient in gradients.items()},
+        outputs=[out.detach().double() for out in outputs],
+        gradients={name: gradient.double() for name, gradient in gradients.items()},
     )
 
 
@@ -236,11 +329,12 @@ def _compare(
     shaken: _Run,
     eps: float,
     budget: Budget,
+    prefix: str,
 ) -> list[Comparison]:
     _expect("parameters", sorted(got.gradients), sorted(expected.gradients))
     _expect("number of outputs", len(got.outputs), len(expected.outputs))
-    names = [f"output[{i}]" for i in range(len(got.outputs))]
-    names += [f"gradient of {name}" for name in expected.gradients]
+    names = [f"{prefix}output[{i}]" for i in range(len(got.outputs))]
+    names += [f"{prefix}gradient of {name}" for name in expected.gradients]
     runs = (got, expected, eager, shaken)
     columns = [[*r.outputs, *(r.gradients[name] for name in expected.gradients)] for r in runs]
     largest = max((g.abs().max().item() for g in expected.gradients.values()), default=0.0)
@@ -310,23 +404,20 @@ def _tensors(output: Any) -> list[Tensor]:
     return []
 
 
-def _stack_slots(config: MoDAConfig) -> FFNSlotsFactory | None:
-    if config.ffn_kv == "none":
-        return None
-    kind = config.ffn_kv
-    return lambda twin, parameters: cast(RandomStack, twin).ffn_slots(kind, parameters)
-
-
 def _expect(what: str, got: object, expected: object) -> None:
     if got != expected:
         raise AssertionError(f"{what}: got {got}, expected {expected}")
 
 
-def _reproduction(model: RandomStack, config: MoDAConfig, backend: Compiler) -> str:
+def _split(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+
+
+def _reproduction(model: RandomStack | RandomPair, config: MoDAConfig, backend: Compiler) -> str:
     return (
         "reproduce:\n"
         "    from moda_compile import MoDAConfig\n"
-        "    from moda_compile.testing import RandomStack, StackConfig, check_conversion\n"
+        "    from moda_compile.testing import *\n"
         f"    model = {model!r}\n"
         f"    check_conversion(model, model.config.inputs(), {config!r}, backend={backend!r})"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from moda_compile import MoDAConfig, pipeline
+from moda_compile import MoDAConfig, fx, pipeline
 from moda_compile.patterns import PATTERNS, Attention, Refused
 from moda_compile.plan import Plan
 from moda_compile.testing import RandomStack, StackConfig
@@ -65,8 +66,9 @@ def trace(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) 
 
 
 def matches(gm: GraphModule) -> list[tuple[str, Attention | Refused]]:
+    """What the table says of each node that it says something of."""
     found: list[tuple[str, Attention | Refused]] = []
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
         for pattern in PATTERNS:
             try:
                 attention = pattern.match(node)
@@ -95,10 +97,73 @@ class Attend(nn.Module):
         return self.core(q, k, v)
 
 
-def graph_of(core: Callable[..., Tensor], kv_heads: int = H) -> GraphModule:
-    return trace(Attend(core, kv_heads), torch.randn(B, T, WIDTH))
+def graph_of(
+    core: Callable[..., Tensor], kv_heads: int = H, dtype: torch.dtype = torch.float32
+) -> GraphModule:
+    return trace(Attend(core, kv_heads).to(dtype), torch.randn(B, T, WIDTH, dtype=dtype))
 
 
 def one(gm: GraphModule) -> Any:
     ((_, found),) = matches(gm)
     return found
+
+
+def inputs_of(gm: GraphModule) -> list[Any]:
+    """Something for every placeholder: normal numbers, triangles for what is not floating."""
+    generator = torch.Generator().manual_seed(0)
+    made: list[Any] = []
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        x = fx.value(node)
+        if not isinstance(x, Tensor):
+            made.append(hint(x))
+        elif x.is_floating_point():
+            shape = [hint(s) for s in x.shape]
+            made.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(x.dtype))
+        else:
+            made.append(torch.ones([hint(s) for s in x.shape]).tril().to(x.dtype))
+    return made
+
+
+def hint(size: Any) -> int:
+    """A symbolic size's value here, without tying the graph to it."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def values_of(gm: GraphModule, nodes: list[Node]) -> list[Tensor]:
+    """What the graph computes for ``nodes``, by running it on :func:`inputs_of`."""
+    environment: dict[Node, Node] = {}
+    graph = torch.fx.Graph()
+    graph.graph_copy(gm.graph, environment)
+    graph.output([environment[node] for node in nodes])
+    return list(GraphModule(gm, graph)(*inputs_of(gm)))
+
+
+def deviation(gm: GraphModule, found: Attention) -> float:
+    """How far the node's own value is from restore(softmax(scale q k^T + mask) v), in float64.
+
+    From nothing but the nodes of the match: the plainest reading of what a match says.
+    """
+    masked = [] if found.mask is None else [found.mask]
+    nodes = [found.node, found.query, found.key, found.value, *masked]
+    expected, q, k, v, *mask = values_of(gm, nodes)
+    q, k, v = (
+        q.double(),
+        *(x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)),
+    )
+    scores = q @ k.mT * (found.scale if found.scale is not None else q.shape[-1] ** -0.5)
+    for bias in mask:
+        bool_ = bias.dtype == torch.bool
+        scores = scores.masked_fill(~bias, -math.inf) if bool_ else scores + bias
+    if found.is_causal:
+        triangle = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~triangle, -math.inf)
+    out = scores.softmax(-1) @ v
+    for step in found.restore:
+        if isinstance(step.target, str):
+            out = getattr(out, step.target)(*step.args, **step.kwargs)
+        else:
+            out = step.target(out, *step.args, **step.kwargs)
+    assert out.shape == expected.shape
+    return float((out - expected).abs().max())

@@ -80,6 +80,25 @@ def test_parameters_and_their_views() -> None:
     assert not fx.is_parameter(None)
 
 
+def test_weights() -> None:
+    """Parameters, what is made from them only, and inputs that a linear layer takes as weight."""
+    g = Graph()
+    weight, other, x, given = (g.placeholder(name) for name in ("weight", "other", "x", "given"))
+    for node in (weight, other):
+        node.meta[fx.VALUE] = nn.Parameter(torch.empty(3, 3))
+    merged = g.call_function(torch.add, (weight, g.call_function(torch.matmul, (other, weight))))
+    mixed = g.call_function(torch.add, (weight, x))
+    made = g.call_function(torch.ones, (3, 3))
+    g.call_function(torch.nn.functional.linear, (x, given))
+    assert [fx.is_weight(n) for n in (weight, merged, given, mixed, x, made, None)] == [
+        True, True, True, False, False, False, False,
+    ]  # fmt: skip
+    long = weight
+    for _ in range(100):  # what takes long to tell is not taken for one
+        long = g.call_function(torch.sin, (long,))
+    assert not fx.is_weight(long)
+
+
 @pytest.mark.parametrize(
     ("paths", "expected"),
     [
@@ -196,3 +215,67 @@ def test_subgraphs() -> None:
     gm = GraphModule(root, g)
     assert list(fx.subgraphs(gm)) == [(call, gm.body)]
     assert list(fx.subgraphs(inner)) == []
+
+
+# --- writes in place ----------------------------------------------------------------------------
+
+
+def test_written_into() -> None:
+    """x -> v = x.view(-1); v.add_(1); c = x[i] (a copy); c.add_(1); s = x[0]; s += 1; x.relu()"""
+    g = Graph()
+    mode = FakeTensorMode()
+    x, i = g.placeholder("x"), g.placeholder("i")
+    x.meta[fx.VALUE] = mode.from_tensor(torch.randn(2, 3))
+    i.meta[fx.VALUE] = mode.from_tensor(torch.tensor([1, 0]))
+    out = g.output(x)
+    gm = GraphModule(nn.Module(), g)
+    g.inserting_before(out)
+    v = fx.insert(gm, "view", (x, -1), like=x)
+    to_view = fx.insert(gm, "add_", (v, 1.0), like=x)
+    copied = fx.insert(gm, operator.getitem, (x, i), like=x)
+    to_copy = fx.insert(gm, "add_", (copied, 1.0), like=x)
+    row = fx.insert(gm, operator.getitem, (x, 0), like=x)
+    to_row = fx.insert(gm, operator.iadd, (row, 1.0), like=x)
+    again = fx.insert(gm, "mul_", (to_row, 2.0), like=x)
+    read = fx.insert(gm, "relu", (x,), like=x)
+    assert fx.written_into([x], before=read) == [to_view, to_row, again]
+    assert fx.written_into([row], before=read) == [to_view, to_row, again]
+    assert fx.written_into([x, to_row], before=again) == [to_view]
+    assert fx.written_into([x], before=to_view) == []
+    assert fx.written_into([copied], before=read) == [to_copy]
+    assert fx.written_into([i], before=read) == []
+    assert [fx.memory(n) for n in (v, to_view, row, copied, to_copy)] == [x, x, x, copied, copied]
+
+
+def test_written_into_sees_what_was_added_later() -> None:
+    g = Graph()
+    x = g.placeholder("x")
+    read = g.call_method("relu", (x,))
+    assert fx.written_into([x], before=read) == []
+    with g.inserting_before(read):
+        write = g.call_method("zero_", (x,))
+    assert fx.written_into([x], before=read) == [write]
+    g.erase_node(write)
+    assert fx.written_into([x], before=read) == []
+
+
+def test_reach_through_writes() -> None:
+    """What is read from memory depends on what was written there before, and on nothing later."""
+    g = Graph()
+    a, b = g.placeholder("a"), g.placeholder("b")
+    base = g.call_method("new_zeros", (a, 4))
+    view = g.call_method("view", (base, 2, 2))
+    before = g.call_method("relu", (base,))
+    g.call_method("index_add_", (view, 0, b, b))
+    after = g.call_method("relu", (base,))
+    found = fx.reach(g.nodes, [a, b])
+    assert [found[n] for n in (base, before, after)] == [0b01, 0b01, 0b11]
+
+
+def test_a_fake_result_from_fewer_arguments() -> None:
+    gm, n = graph()
+    with gm.graph.inserting_before(n["c"]):
+        both = fx.insert(gm, torch.add, (n["a"], n["x"]), like=n["c"], instead=(n["a"], n["a"]))
+    assert both.args == (n["a"], n["x"])
+    assert both in n["x"].users
+    assert fx.value(both).shape == (2, 3)

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Node
 
 from moda_compile import fx
 from moda_compile.patterns import grouped_query
-from tests.graph.graphs import B, D, H, T, graph_of, one
+from tests.graph.graphs import B, D, H, T, deviation, graph_of, one, values_of
 
 # --- grouped-query attention --------------------------------------------------------------------
 
@@ -61,27 +60,6 @@ def repeating(repeat: Callable[[Tensor], Tensor]) -> Any:
     return lambda q, k, v: F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True)
 
 
-def run_up_to(gm: GraphModule, node: Node, *inputs: Any) -> Tensor:
-    """The value of ``node``: the graph with it as its only output."""
-    copied = GraphModule(gm, gm.graph)
-    environment: dict[Node, Node] = {}
-    graph = torch.fx.Graph()
-    graph.graph_copy(gm.graph, environment)
-    graph.output(environment[node])
-    return GraphModule(copied, graph)(*inputs)
-
-
-def inputs_of(gm: GraphModule) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    values = [fx.value(n) for n in gm.graph.nodes if n.op == "placeholder"]
-    return [
-        torch.randn(tuple(int(s) for s in v.shape), generator=generator, dtype=torch.float64)
-        if isinstance(v, Tensor)
-        else int(v)
-        for v in values
-    ]
-
-
 def expanded(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
@@ -92,10 +70,9 @@ def test_a_repetition_is_seen_through(name: str) -> None:
     attention = one(gm)
     assert fx.value(attention.key).shape == fx.value(attention.value).shape == (B, HK, T, D)
     gm.graph.lint()
-    inputs = inputs_of(gm)
     for ours, argument in ((attention.key, 1), (attention.value, 2)):
-        before = run_up_to(gm, attention.node.args[argument], *inputs)
-        assert torch.equal(expanded(run_up_to(gm, ours, *inputs), H), before)
+        before, after = values_of(gm, [attention.node.args[argument], ours])
+        assert torch.equal(expanded(after, H), before)
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -110,7 +87,8 @@ def test_one_repeated_side_is_kept() -> None:
     """Keys and values of a slot need the same number of heads."""
 
     def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        late = k.repeat_interleave(G, dim=1) * 2.0
+        late = k.repeat_interleave(G, dim=1)  # and then rotated
+        late = late * late.new_ones(T, D).cos() + late.roll(1, -1) * late.new_ones(T, D).sin()
         return F.scaled_dot_product_attention(q, late, v.repeat_interleave(G, dim=1))
 
     attention = one(graph_of(core, HK))
@@ -134,3 +112,75 @@ def test_heads_that_differ_from_the_queries_are_no_repetition() -> None:
     attention = one(gm)
     assert grouped_query.before_repeat(attention.key, H) is attention.key
     assert fx.value(attention.key).shape == (B, HK, T, D)
+
+
+BY_HAND = {name: repeat for name, repeat in SEEN_THROUGH.items() if "keywords" not in name}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_repetition_is_seen_through_by_hand_too(name: str) -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ BY_HAND[name](k).mT).softmax(-1) @ BY_HAND[name](v)
+
+    gm = graph_of(core, HK, torch.float64)
+    attention = one(gm)
+    assert fx.value(attention.key).shape == fx.value(attention.value).shape == (B, HK, T, D)
+    assert deviation(gm, attention) < 1e-13  # both in float64, of sums of a few terms
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_another_order_is_kept_by_hand_too(name: str) -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ KEPT[name](k).mT).softmax(-1) @ KEPT[name](v)
+
+    gm = graph_of(core, HK, torch.float64)
+    attention = one(gm)
+    assert fx.value(attention.key).shape == fx.value(attention.value).shape == (B, H, T, D)
+    assert deviation(gm, attention) < 1e-13  # as above
+
+
+def one_key_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multi-query attention: keys without an axis of heads."""
+    scores = torch.einsum("bhtd,bud->bhtu", q, k[:, 0])
+    return torch.einsum("bhtu,bud->bthd", scores.softmax(-1), v[:, 0])
+
+
+def broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q.unflatten(1, (-1, H // k.shape[1]))
+    return ((q @ k[:, :, None].mT).softmax(-1) @ v[:, :, None]).flatten(1, 2)
+
+
+def groups_in_the_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The heads of a group as more tokens of one head: [B, Hk, G * T, d]."""
+    rows = q.reshape(B, k.shape[1], -1, D)
+    return ((rows @ k.mT).softmax(-1) @ v).view(B, H, T, D)
+
+
+def grouped_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q.unflatten(1, (k.shape[1], -1)).permute(0, 3, 1, 2, 4)
+    scores = torch.einsum("btkgd,bkud->bkgtu", q, k)
+    return torch.einsum("bkgtu,bkud->btkgd", scores.softmax(-1), v).flatten(2)
+
+
+def groups_outermost(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Head h belongs to KV head h % Hk: its queries have to change places, and its output back."""
+    q = q.unflatten(1, (-1, k.shape[1]))
+    scores = torch.einsum("bgktd,bkud->bgktu", q, k)
+    return torch.einsum("bgktu,bkud->bgktd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("core", [broadcast, groups_in_the_rows, grouped_einsum, groups_outermost])
+def test_groups_without_repetition(core: Callable[..., Tensor], kv_heads: int) -> None:
+    gm = graph_of(core, kv_heads, torch.float64)
+    attention = one(gm)
+    assert fx.value(attention.query).shape == (B, H, T, D)
+    assert fx.value(attention.key).shape == (B, kv_heads, T, D)
+    assert deviation(gm, attention) < 1e-13  # as above
+
+
+def test_multi_query_attention() -> None:
+    gm = graph_of(one_key_head, 1, torch.float64)
+    attention = one(gm)
+    assert fx.value(attention.key).shape == fx.value(attention.value).shape == (B, 1, T, D)
+    assert deviation(gm, attention) < 1e-13  # as above

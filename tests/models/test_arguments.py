@@ -174,5 +174,5 @@ def test_wrong_example_inputs() -> None:
     model = stack()
     before = traces(model)
     with pytest.raises(Exception, match="positional argument"):
-        moda_compile.convert(model, example_inputs=(IDS, IDS), backend="eager")
+        moda_compile.convert(model, example_inputs=(IDS, IDS, IDS), backend="eager")
     assert traces(model) == before

@@ -26,6 +26,8 @@ from tests.models.cases import (
     IDS,
     LAYERS,
     Bracketed,
+    Stack,
+    X,
     assert_moda,
     converted,
     dynamo,
@@ -158,7 +160,7 @@ def test_cut_between_layers(wrap: Callable[..., Any], layer: int) -> None:
     ) as error:
         model(IDS)
     assert str(error.value).startswith("blocks.")
-    assert "graph break" in error.value.reason and "stacks.py:" in str(error.value.source)
+    assert "graph break" in error.value.reason and "blocks.py:" in str(error.value.source)
 
 
 def test_cut_in_front_of_the_first_layer() -> None:
@@ -266,9 +268,10 @@ def test_make_fx() -> None:
 
 def test_symbolic_trace() -> None:
     """FX traces the class's forward, past the conversion, but through the marked blocks."""
-    traced = torch.fx.symbolic_trace(converted(), concrete_args=None)
+    model = moda_compile.convert(Stack(), example_inputs=(X,), backend="eager")
+    traced = torch.fx.symbolic_trace(model)
     with pytest.raises(NotRewrittenError):
-        traced(IDS)
+        traced(X)
 
 
 def test_jit_trace() -> None:
@@ -290,11 +293,14 @@ def test_functional_call(expected: Tensor) -> None:
 
 
 def test_functional_call_with_plain_tensors() -> None:
-    """Finding: a weight that is no nn.Parameter makes no linear layer, so this is refused."""
-    model = converted()
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(RewriteError, match="not projections of one hidden state"):
-        torch.func.functional_call(model, weights, (IDS,))
+    """Weights that are no nn.Parameter, and others than the model's own."""
+    model, twin = converted(), stack()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.9)
+    weights = {name: p.detach().clone() for name, p in twin.named_parameters()}
+    got = torch.func.functional_call(model, weights, (IDS,))
+    assert_moda(got, reference(twin, IDS).detach())
 
 
 def test_forward_method(expected: Tensor) -> None:

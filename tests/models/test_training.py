@@ -180,7 +180,7 @@ class Hidden(nn.Module):
         x = model.embedding(ids)
         hidden = []
         for block in model.blocks:
-            x = block(x, None, x, x)
+            x, _ = block(x, None, x, x)
             hidden.append(x)
         return model.head(model.norm(x)), hidden
 

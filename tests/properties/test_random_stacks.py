@@ -1,81 +1,44 @@
-"""Any plain stack, any FFN slots, any backend: the conversion computes MoDA.
+"""Any stack, any FFN slots, any backend: the conversion computes MoDA.
 
 Examples are the same on every run. `MODA_EXAMPLES=500 pytest tests/properties` draws that many new
-ones a test; a failure prints a runnable reproduction and Hypothesis' blob.
+ones a test; a failure prints a runnable reproduction and Hypothesis' blob. Thousands, in one
+command: `python -m moda_compile.testing.soak`.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import moda_compile
-from moda_compile import MoDAConfig, RewriteError
-from moda_compile.testing import Budget, RandomStack, StackConfig, check_conversion, stacks
-
-EXAMPLES = int(os.environ.get("MODA_EXAMPLES", "0"))
-FFN_KV = st.sampled_from(["none", "projected", "shared"])
+from moda_compile import MoDAConfig
+from moda_compile.testing import Case, StackConfig, Variant, cases, check_conversion, stacks
+from tests.properties.profile import profile
 
 
-def profile(examples: int, *, shrink: bool = True) -> settings:
-    """`examples` in CI; there the same ones each time, so that a red run can be trusted."""
-    phases = [Phase.explicit, Phase.generate] + [Phase.shrink] * shrink
-    return settings(
-        max_examples=EXAMPLES or examples,
-        derandomize=not EXAMPLES,
-        print_blob=True,
-        deadline=None,  # compiling takes seconds
-        phases=phases,
-        report_multiple_bugs=False,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
-
-
-def check(stack: RandomStack, moda: MoDAConfig, **options: Any) -> None:
-    check_conversion(stack, stack.config.inputs(), moda, **options)
-
-
-@profile(16)
-@given(stack=stacks(), ffn_kv=FFN_KV)
-def test_eager(stack: RandomStack, ffn_kv: Any) -> None:
-    check(stack, MoDAConfig(ffn_kv=ffn_kv), backend="eager")
-
-
-@profile(10)
-@given(stack=stacks(max_layers=4), ffn_kv=FFN_KV)
-def test_aot_eager(stack: RandomStack, ffn_kv: Any) -> None:
-    check(stack, MoDAConfig(ffn_kv=ffn_kv), backend="aot_eager")
+@profile(24)
+@given(
+    case=cases(max_layers=3, features=["low_precision", "autocast", "aot", "learned_bias", "masks"])
+)
+def test_uniform_stacks(case: Case) -> None:
+    case.check()
 
 
 # Inductor takes 20 to 40 seconds an example on two cores, and shrinking would take an hour: the
 # printed reproduction is enough.
 @profile(2, shrink=False)
-@given(stack=stacks(max_layers=2), ffn_kv=FFN_KV)
-def test_inductor(stack: RandomStack, ffn_kv: Any) -> None:
-    check(stack, MoDAConfig(ffn_kv=ffn_kv), backend="inductor")
-
-
-@profile(4)
-@given(
-    stack=stacks(max_layers=3, dtype="bfloat16"),
-    ffn_kv=FFN_KV,
-    accumulator_dtype=st.sampled_from(["float32", "model"]),
-)
-def test_bfloat16(stack: RandomStack, ffn_kv: Any, accumulator_dtype: Any) -> None:
-    config = MoDAConfig(ffn_kv=ffn_kv, accumulator_dtype=accumulator_dtype)
-    # bfloat16 needs less than float32: see Budget.
-    check(stack, config, backend="aot_eager", budget=Budget(condition=1.0))
+@given(stack=stacks(max_layers=2), ffn_kv=st.sampled_from(["none", "projected", "shared"]))
+def test_inductor(stack: Any, ffn_kv: Any) -> None:
+    Case(model=stack.config, ffn_kv=ffn_kv, backend="inductor").check()
 
 
 @profile(3)
 @given(stack=stacks(max_layers=3))
-def test_depth_off(stack: RandomStack) -> None:
-    check(stack, MoDAConfig(depth=False), backend="aot_eager")
+def test_depth_off(stack: Any) -> None:
+    check_conversion(stack, stack.config.inputs(), MoDAConfig(depth=False), backend="aot_eager")
 
 
 @pytest.mark.parametrize("ffn_kv", ["none", "projected", "shared"])
@@ -90,14 +53,25 @@ def test_depth_off(stack: RandomStack) -> None:
     ids=["one-layer", "one-token", "repeat-then-rotate"],
 )
 def test_corners(config: StackConfig, ffn_kv: Any) -> None:
-    check(RandomStack(config), MoDAConfig(ffn_kv=ffn_kv), backend="eager")
+    # With explain(), which the drawn examples go without.
+    options = MoDAConfig(ffn_kv=ffn_kv)
+    check_conversion(Case(model=config).build(), config.inputs(), options, backend="eager")
 
 
-def test_a_window_is_refused_and_the_model_is_left_alone() -> None:
-    """No `is_causal` flag says it, so converting to one would be another model."""
-    model = RandomStack(StackConfig(mask="window_bool"))
-    (ids,) = model.config.inputs()
-    before = model(ids)
-    with pytest.raises(RewriteError):
-        moda_compile.convert(model, MoDAConfig(), example_inputs=(ids,), backend="eager")
-    assert torch.equal(model(ids), before)
+TWO_SHAPES = (Variant(), Variant(head_dim=16))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (StackConfig(layers=4, variants=TWO_SHAPES), 4),
+        (StackConfig(layers=4, variants=(Variant(), Variant(mixer="convolution"))), 2),
+        (StackConfig(layers=2, passes=2), 4),
+        (StackConfig(layers=3, near_miss="linear", near_miss_layer=1), 2),
+    ],
+    ids=["shapes", "hybrid", "reused", "linear"],
+)
+def test_explain_lists_what_is_converted(config: StackConfig, expected: int) -> None:
+    model = Case(model=config).build()
+    report = moda_compile.explain(model, *config.inputs())
+    assert (len(report.attentions), len(report.refusals)) == (expected, 0)
