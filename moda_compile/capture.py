@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -98,7 +99,9 @@ def graphs(
 
     try:
         _look(model, forward, args, kwargs, keep, fullgraph=False)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except (DataDependentOutputException, DynamicOutputShapeException, UserError) as error:
+        if isinstance(error, UserError) and "data-dependent" not in str(error):
+            raise
         reason, source = first_break(model, forward, args, kwargs) or (str(error), None)
         raise RewriteError(
             f"which code of this model runs depends on the values of a tensor ({reason}), so it is "
@@ -118,9 +121,13 @@ def first_break(
     """Why, and at which ``file:line``, Dynamo first breaks the graph; ``None`` if it does not."""
     try:
         _look(model, forward, args, kwargs, lambda gm, _inputs: gm.forward, fullgraph=True)
-    except torch._dynamo.exc.Unsupported as broken:
+    except (torch._dynamo.exc.Unsupported, UserError) as broken:
         places = [f"{frame.filename}:{frame.lineno}" for frame in broken.real_stack]
-        return str(broken).strip().splitlines()[0], fx.own_place(places)
+        said = str(broken).strip()
+        cause = said.rpartition("Caused by: ")[2] if isinstance(broken, UserError) else said
+        return cause.splitlines()[0].partition("  #")[0], fx.own_place(places)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        pass  # Dynamo took it all as one graph, which can't run without values
     return None
 
 

@@ -144,8 +144,10 @@ def explain(
     """
     conversion = _conversion(model)
     config = config or (conversion.config if conversion is not None else MoDAConfig())
+    plans: list[Plan] = []
     try:
-        return summarize(_analyse(model, args, kwargs, config, strict=False))
+        plans = _plans(model, args, kwargs, config, strict=False)
+        return summarize(_whole(plans, model, args, kwargs, config, strict=False))
     except RewriteError as error:  # what no choice of strict gets around
         refused = AttentionReport(
             block=error.block or "",
@@ -153,7 +155,8 @@ def explain(
             pattern="",
             refusal=f"{error.reason} To fix: {error.fix}",
         )
-        return Report(config=config, attentions=(), refusals=(refused,))
+        others = (refusal for plan in plans for refusal in summarize(plan).refusals)
+        return Report(config=config, attentions=(), refusals=(refused, *others))
 
 
 def _arguments(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -192,11 +195,31 @@ def _analyse(
     model: nn.Module, args: Any, kwargs: dict[str, Any], config: MoDAConfig, *, strict: bool
 ) -> Plan:
     """The plan for the one graph of ``model`` that holds its attentions."""
-    plans = []
-    for gm in capture.graphs(model, _forward_of(model), args, kwargs):
-        plan = pipeline.analyse(gm, config, strict=strict)
-        if plan.attentions or plan.refusals:
-            plans.append(plan)
+    plans = _plans(model, args, kwargs, config, strict=strict)
+    return _whole(plans, model, args, kwargs, config, strict=strict)
+
+
+def _plans(
+    model: nn.Module, args: Any, kwargs: dict[str, Any], config: MoDAConfig, *, strict: bool
+) -> list[Plan]:
+    """One for each graph of ``model`` that holds attentions."""
+    found = (
+        pipeline.analyse(gm, config, strict=strict)
+        for gm in capture.graphs(model, _forward_of(model), args, kwargs)
+    )
+    return [plan for plan in found if plan.attentions or plan.refusals]
+
+
+def _whole(
+    plans: list[Plan],
+    model: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    config: MoDAConfig,
+    *,
+    strict: bool,
+) -> Plan:
+    """The only plan, or an empty one; more than one is an error."""
     if len(plans) > 1:
         last = [*(a.node for a in plans[0].attentions), *(r.node for r in plans[0].refusals)][-1]
         reason, place = capture.first_break(model, _forward_of(model), args, kwargs) or ("", None)

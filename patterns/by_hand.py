@@ -32,6 +32,10 @@ _FIX = (
 _FEATURES = "features"
 
 
+# What the graph says of a tensor's shape is then the shape behind them.
+_RESHAPED_IN_PLACE = ("unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "t_", "resize_")
+
+
 def match(node: Node) -> Attention | None:
     """Match the product with the values. See the row in ``moda_compile.patterns.PATTERNS``."""
     if flow.divides_by_sum(node):
@@ -46,6 +50,8 @@ def match(node: Node) -> Attention | None:
         return None
     if product is None or product.bias is not None or product.factor != 1.0:
         raise _refused(Unclear(f"the product ({fx.name_of(node)}) is not understood"))
+    if any(fx.calls(user, *_RESHAPED_IN_PLACE) for user in node.users):
+        raise _refused(Unclear("its output is reshaped in place, such as by unsqueeze_"))
     why: list[Unclear] = []
     for weights in sides:
         try:

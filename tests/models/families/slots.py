@@ -152,6 +152,8 @@ def slots_factory(heads: Heads, kind: str) -> Any:
 
             args = tuple(swap(a) for a in args)
             kwargs = {name: swap(a) for name, a in kwargs.items()}
+            if "past_key_values" in kwargs:  # else the model's own cache would grow once more
+                kwargs["past_key_values"] = None
             parameters: dict[str, Tensor] = {}
             if kind == "projected":
                 key, value = (new[name] for name in heads.new(layer))
