@@ -317,6 +317,38 @@ def test_compilations_are_counted() -> None:
         check_conversion(model, config.inputs(), backend="eager", more=more, compilations=1)
 
 
+# ---------------------------------------------------------------------- rounding or wrong
+
+
+class Rounds(FakeLibrary):
+    """Off by `relative` of the result, in float32 only."""
+
+    relative = 6e-6
+
+    def convert(self, model: Any, config: MoDAConfig, **options: Any) -> Any:
+        if "forward" in vars(model):
+            return model
+        right = vars(super().convert(model, config, **options))["forward"]
+        wrong = 1.0 if model.head.weight.dtype == torch.float64 else 1.0 + self.relative
+        model.forward = MethodType(lambda _, ids: right(ids) * wrong, model)
+        return model
+
+
+class RoundsFar(Rounds):
+    relative = 1e-2
+
+
+def test_float64_tells_rounding_from_a_wrong_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 leaves open: a case that is off in float32, by how much?"""
+    with pytest.raises(AssertionError, match="tensors are off"):
+        check(monkeypatch, Rounds(), MoDAConfig(), backend="eager")
+    Case(model=STACK).check()
+    for library in (RoundsFar(), Identity()):
+        install(monkeypatch, library)
+        with pytest.raises(AssertionError, match="tensors are off"):
+            Case(model=STACK).check()
+
+
 # ------------------------------------------------------------------------------- near misses
 
 

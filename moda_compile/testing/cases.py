@@ -63,17 +63,36 @@ class Case(ShortRepr):
         if isinstance(self.model, StackConfig) and self.model.near_miss is not None:
             never_rewritten(model, self.model, self.backend)
             return
-        low = self.autocast or self.model.dtype != "float32"
+        if self.autocast or self.model.dtype != "float32":
+            self._compare(model, torch.bfloat16 if self.autocast else None, Budget(condition=1.0))
+            return
+        try:
+            self._compare(model, None, None)
+        except AssertionError:
+            # About one random stack in a hundred is so ill-conditioned that float32 leaves no digit
+            # of some gradient. float64 tells that from a wrong rewrite, by eight decades.
+            self._compare(model, None, Budget(condition=40.0))
+            self._compare(model.double(), None, None)
+
+    def _compare(
+        self,
+        model: RandomStack | RandomPair,
+        autocast: torch.dtype | None,
+        budget: Budget | None,
+    ) -> None:
+        passes = [config.inputs() for config in self.models()]
+        if next(model.parameters()).dtype == torch.float64:
+            passes = [tuple(x.double() if x.is_floating_point() else x for x in p) for p in passes]
         check_conversion(
             model,
-            self.model.inputs(),
+            passes[0],
             MoDAConfig(ffn_kv=self.ffn_kv),
             backend=self.backend,
-            more=[config.inputs() for config in self.models()[1:]],
+            more=passes[1:],
             compilations=2 if self.lengths else None,
-            autocast=torch.bfloat16 if self.autocast else None,
+            autocast=autocast,
             explain=False,
-            budget=Budget(condition=1.0) if low else None,
+            budget=budget,
         )
 
     def answerable(self) -> bool:

@@ -89,11 +89,10 @@ def _adapt(
         return joint(query, key, value, scale=scale)
     if mask.dtype == torch.bool and how.masking == "add":
         mask = _additive(how, mask, query.dtype)
-    hidden = how.hides_with(query.dtype)
 
     def masked(scores: Tensor) -> Tensor:
         if mask.dtype == torch.bool:
-            return scores.masked_fill(~mask, hidden)
+            return scores.masked_fill(~mask, how.hides_with(scores.dtype))
         return scores + mask
 
     return joint(query, key, value, scale=scale, score_mod=masked)
