@@ -11,7 +11,7 @@ the mixture, shared experts included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +56,11 @@ class Mixture:
     weight: Node
 
 
-def find(graph: Graph) -> list[Mixture]:
-    """All mixtures of experts of ``graph``, in its order."""
+def find(graph: Graph, attentions: Collection[Node] = ()) -> list[Mixture]:
+    """All mixtures of experts of ``graph``, in its order.
+
+    ``attentions``: results of attentions, by which a parallel block's are known; calls are anyway.
+    """
     found: list[Mixture] = []
     routed: set[Node] = set()
     for node in graph.nodes:
@@ -67,7 +70,7 @@ def find(graph: Graph) -> list[Mixture]:
         # A router may pick groups of experts, then experts: the first pick is where it starts.
         if routers and routers[0].node not in routed:
             routed.update(layer.node for layer in routers)
-            mixture = _follow(node, routers)
+            mixture = _follow(node, routers, attentions)
             if mixture is not None:
                 found.append(mixture)
     return found
@@ -121,7 +124,9 @@ def _routers(picks: Node) -> list[linear.Linear]:
     return layers if len(inputs) == 1 else []
 
 
-def _follow(picks: Node, routers: list[linear.Linear]) -> Mixture | None:
+def _follow(
+    picks: Node, routers: list[linear.Linear], attentions: Collection[Node]
+) -> Mixture | None:
     """Walk from the router's input to where the experts' sum joins what is not of the mixture."""
     source = hidden_state(routers[0].input)
     scoring = {layer.node for layer in routers}
@@ -136,15 +141,15 @@ def _follow(picks: Node, routers: list[linear.Linear]) -> Mixture | None:
             residual = any(one & _OUTSIDE for _, one in operands) or (
                 fx.calls(node, *_ADDS) and any(hidden_state(n) is source for n, _ in operands)
             )
-            if residual or fx.calls(node, *_ATTENTIONS):
+            if residual or _attends(node, attentions):
                 made = _unmarked(next((n for n, one in operands if one & _PICKED), node))
-                return _mixture(routers, made, node, marks, products)
+                return _mixture(routers, made, node, marks, products, attentions)
         weights = [w for used, _ in operands if (w := _matrix(used)) is not None]
         if mark & _INPUT and weights and _multiplies(node):
             products[node] = weights[0]
             if node not in scoring:
                 mark |= _UP | (_DOWN if mark & _UP or len(set(weights)) > 1 else 0)
-        if fx.calls(node, *_ATTENTIONS):  # of a parallel block
+        if _attends(node, attentions):  # of a parallel block
             mark |= _OUTSIDE
         marks[node] = mark
         target = node.args[0] if node.args else None
@@ -161,6 +166,7 @@ def _mixture(
     joined: Node,
     marks: dict[Node, int],
     products: dict[Node, Node],
+    attentions: Collection[Node],
 ) -> Mixture | None:
     source, scoring = hidden_state(routers[0].input), [layer.node for layer in routers]
     # At least two layers, up and down, of what is picked, and back at the width they started from.
@@ -170,7 +176,7 @@ def _mixture(
     parts = _made_from(made, source, marks, joined)
     inside = [node for node in products if node in parts]
     experts = [node for node in inside if node not in scoring]
-    if not experts or any(fx.calls(n, *_ATTENTIONS) for n in parts):
+    if not experts or any(_attends(n, attentions) for n in parts):
         return None
     return Mixture(
         node=made,
@@ -179,6 +185,10 @@ def _mixture(
         products=(*scoring, *experts),
         weight=products[experts[0]],
     )
+
+
+def _attends(node: Node, attentions: Collection[Node]) -> bool:
+    return node in attentions or fx.calls(node, *_ATTENTIONS)
 
 
 def _made_from(made: Node, source: Node, marks: dict[Node, int], before: Node) -> set[Node]:

@@ -13,7 +13,7 @@ the next layer: a shared expert beside the routed ones, experts that all run and
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -49,9 +49,12 @@ class FFN:
     weight: Node
 
 
-def find(graph: Graph) -> list[FFN]:
-    """All feed-forward networks of ``graph``, in the order of their outputs."""
-    mixtures = experts.find(graph)
+def find(graph: Graph, attentions: Collection[Node] = ()) -> list[FFN]:
+    """All feed-forward networks of ``graph``, in the order of their outputs.
+
+    ``attentions``: as for :func:`experts.find`.
+    """
+    mixtures = experts.find(graph, attentions)
     inside = {node for mixture in mixtures for node in mixture.parts}
     found = [
         ffn for node in graph.nodes if node not in inside and (ffn := _match(node)) is not None

@@ -196,10 +196,12 @@ def arrange(of: Operands) -> Arrangement:
         raise Unclear("the queries have an axis that the scores have not")
     lone = [p for p in shared if p not in k and p not in v]  # of groups of heads
     # Heads that keys and values both repeat share one: it is what they are repetitions of.
-    deep = {p for o in (of.key, of.value) for d in o[-1].layout for p in small(d)}
+    deepest = [{p for d in o[-1].layout for p in small(d)} for o in (of.key, of.value)]
+    deep = deepest[0] | deepest[1]
     repeated = [p for p in shared if p not in lone and p not in deep]
     merged = _merged(seen, (of.features, of.channels), small)
     batch = _batch([tuple(p for p in d if p in deep) for d in rest], merged)
+    batch &= deepest[0] & deepest[1]  # what only one of them repeats are heads
     heads = [p for p in shared if p not in batch]
     if repeated and heads[-len(repeated) - len(lone) :] != [*repeated, *lone]:
         repeated = []  # in another order, such as tiling: then the slots hold all the heads

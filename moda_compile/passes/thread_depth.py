@@ -64,7 +64,7 @@ def _fill(plan: Plan, number: int, stack: Stack, written_by: dict[int, ffn_patte
 
 def _ffns(gm: GraphModule, plan: Plan) -> dict[int, ffn_pattern.FFN]:
     """The one FFN of each layer that another of its stack follows."""
-    ffns = ffn_pattern.find(gm.graph)
+    ffns = ffn_pattern.find(gm.graph, {attention.node for attention in plan.attentions})
     reach = streams.reach(gm.graph.nodes, plan.attentions, [f.node for f in ffns])
     found: dict[int, ffn_pattern.FFN] = {}
     for stream in {stack.stream for stack in plan.stacks}:

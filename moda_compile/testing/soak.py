@@ -88,7 +88,11 @@ def run_chunk(
             outcome.failures[headline(error)] += 1
             first.setdefault(headline(error), (case, error))
 
-    draw()
+    try:
+        draw()
+    except Exception as error:  # of the generator itself: the rest of the chunk is lost
+        outcome.failures[headline(error)] += 1
+        outcome.details[headline(error)] = traceback.format_exc()
     for name in sorted(first.keys() - known):
         case, error = smaller(*first[name], seconds=shrink)
         message = "".join(traceback.format_exception_only(error))

@@ -254,12 +254,14 @@ def _variants(
         found.append(Variant(mixer="convolution"))
     shapes = config["mask"] not in _BIAS and config["repeat"] != "expand_before"
     if shapes and feature("shapes"):
-        chunked = config["projection"] in ("chunk", "interleaved")
+        # Projections that are cut in three, and SDPA's own grouping where there is no SDPA.
+        ungrouped = config["projection"] in ("chunk", "interleaved")
+        ungrouped = ungrouped or ("core" in config and config["repeat"] == "enable_gqa")
         found.append(
             Variant(
                 head_dim=pick(None, 8, 16),
                 kv_heads=pick(None, 1, 2, 3),
-                groups=None if chunked else pick(None, 1, 2),
+                groups=None if ungrouped else pick(None, 1, 2),
             )
         )
     elif config["repeat"] != "expand_before" and feature("sharing"):

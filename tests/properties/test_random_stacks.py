@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 import moda_compile
 from moda_compile import MoDAConfig
-from moda_compile.testing import Case, StackConfig, Variant, cases, check_conversion, stacks
+from moda_compile.testing import (
+    ByHand,
+    Case,
+    StackConfig,
+    Variant,
+    cases,
+    check_conversion,
+    stacks,
+)
 from tests.properties.profile import profile
 
 
@@ -75,3 +83,36 @@ def test_explain_lists_what_is_converted(config: StackConfig, expected: int) -> 
     model = Case(model=config).build()
     report = moda_compile.explain(model, *config.inputs())
     assert (len(report.attentions), len(report.refusals)) == (expected, 0)
+
+
+BY_HAND = {"core": ByHand(), "groups": 2, "repeat": "expand_before"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # The walk through the experts ran on through an attention by hand beside them.
+        Case(
+            model=StackConfig(ffn="moe_dense", order="attention_first", **BY_HAND), ffn_kv="shared"
+        ),
+        # Keys repeated and then rotated, values only repeated: the group was taken for the batch.
+        Case(
+            model=StackConfig(
+                layers=2,
+                kv_heads=3,
+                groups=4,
+                width=16,
+                projection="sizes",
+                rotary="half",
+                repeat="expand_before",
+                core=ByHand(product="einsum"),
+                batch=2,
+            )
+        ),
+        # The oracle filled float32's lowest number into bfloat16 scores.
+        Case(model=StackConfig(rotary="pairs", core=ByHand(hidden="min")), autocast=True),
+    ],
+    ids=["parallel experts", "rotated heads", "autocast"],
+)
+def test_what_thousands_have_found(case: Case) -> None:
+    case.check()
