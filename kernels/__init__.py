@@ -93,7 +93,7 @@ def choose(
         device_type: of the inputs, e.g. "cuda".
         dtype: of q, k, v.
         head_dim: d.
-        tokens: T, if known.
+        tokens: Tk, if known.
         capability: (major, minor) compute capability; by default the current device's.
         available: by default `available_sequence_kernels()`.
         masked: the sequence has a mask, and not the causal one.

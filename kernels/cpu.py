@@ -35,23 +35,29 @@ def forward(
     """Joint attention over the sequence and the depth slots.
 
     Args:
-        q: queries [B, Hq, T, d].
-        k, v: the layer's own keys and values [B, Hk, T, d], Hq a multiple of Hk.
-        depth_k, depth_v: S slots of [B, Hk, T, d].
-        is_causal: token t attends to tokens u <= t of the sequence.
+        q: queries [B, Hq, Tq, d].
+        k, v: the layer's own keys and values [B, Hk, Tk, d], Hq a multiple of Hk.
+        depth_k, depth_v: S slots of [B, Hk, Tq, d].
+        is_causal: token t attends to tokens u <= t + Tk - Tq of the sequence.
         scale: factor of every score.
-        mask: of the sequence, bool or additive, broadcastable to [B, Hq, T, T].
+        mask: of the sequence, bool or additive, broadcastable to [B, Hq, Tq, Tk].
 
     Returns:
-        out [B, Hq, T, d] in [B, T, Hq, d] memory order, and lse [B, Hq, T], natural log. A row
+        out [B, Hq, Tq, d] in [B, Tq, Hq, d] memory order, and lse [B, Hq, Tq], natural log. A row
         without a visible key gives all its weight to the slots; without slots it is 0, lse -inf.
     """
     if q.numel() == 0:
         return _empty(q), q.new_empty(q.shape[:3], dtype=_accumulate(q))
+    is_causal, mask = masks.aligned(q, k, is_causal, mask)
     query, factor, _ = _positive(q, scale)
     bias = _bias(mask, q)
-    out, lse = _flash(*_dense(query, k, v), 0.0, is_causal, attn_mask=bias, scale=factor)
-    if bias is not None:  # ATen gives a row without a visible key out = 0 and lse = 0
+    if k.shape[2] == 0:
+        out, lse = joint.nothing(q)
+    else:
+        out, lse = _flash(*_dense(query, k, v), 0.0, is_causal, attn_mask=bias, scale=factor)
+    if (
+        bias is not None and k.shape[2]
+    ):  # ATen gives a row without a visible key out = 0 and lse = 0
         lse = lse.masked_fill(masks.dead_rows(bias).squeeze(-1), -math.inf)
     if not depth_k:
         return _token_major(out), lse.contiguous()
@@ -122,17 +128,21 @@ def backward(
     """
     if q.numel() == 0:
         return _empty(q), _empty(k), _empty(v), masks.no_gradient(mask) if mask_gradient else None
+    is_causal, mask = masks.aligned(q, k, is_causal, mask)
     query, factor, sign = _positive(q, scale)
     bias = _bias(mask, q)
     grad, sequence_lse = grad_out, lse
-    if bias is not None:
+    if bias is not None and k.shape[2]:
         sequence_lse = lse.masked_fill(lse == -math.inf, math.inf)  # p = exp(-inf - inf) = 0
         if not depth_k and mask is not None and mask.dtype != torch.bool:
-            grad = masks.normalised(grad_out, bias, lse)
-    dq, dk, dv = _flash_backward(
-        grad.contiguous(), *_dense(query, k, v), out, sequence_lse, 0.0, is_causal,
-        attn_mask=bias, scale=factor,
-    )  # fmt: skip
+            grad = masks.normalised(grad_out, bias, lse, k.shape[2])
+    if k.shape[2] == 0:
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    else:
+        dq, dk, dv = _flash_backward(
+            grad.contiguous(), *_dense(query, k, v), out, sequence_lse, 0.0, is_causal,
+            attn_mask=bias, scale=factor,
+        )  # fmt: skip
     if sign != 1.0:
         dq = dq * sign
     dmask = None

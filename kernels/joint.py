@@ -1,11 +1,20 @@
-"""What of the joint softmax's gradient belongs to a sequence part that something else computed.
+"""The joint softmax, seen from a sequence part that something else computed, or that has no keys.
 
 No Triton: CPUs use this too.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
+
+
+def nothing(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, d] and lse [B, Hq, Tq] of a sequence part without keys: zeros, and -inf."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=wide)
 
 
 def sequence_gradients(

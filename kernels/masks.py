@@ -1,9 +1,9 @@
 """What a user's mask means to the kernels: a number added to the sequence's scores.
 
-A mask is bool (True attends) or floating (added to the scores), broadcastable to [B, Hq, T, T]; it
-masks the sequence, never the depth slots. A *dead* row is one that it leaves no key at all: all of
-its weight goes to the slots. Nothing here becomes larger than the mask itself, seen without the
-axes along which it is broadcast. No Triton: CPUs use this too.
+A mask is bool (True attends) or floating (added to the scores), broadcastable to
+[B, Hq, Tq, Tk]; it masks the sequence, never the depth slots. A *dead* row is one that it leaves no
+key at all: all of its weight goes to the slots. Nothing here becomes larger than the mask itself,
+seen without the axes along which it is broadcast. No Triton: CPUs use this too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,23 @@ _ABSORBING: _Limits = {torch.float64: -(2.0**53), torch.float32: -(2.0**24)}
 _ABSORBED = -(2.0**100)
 # And what stands for -inf: finite, also times log2(e).
 _HIDDEN = -(2.0**110)
+
+
+def aligned(
+    q: Tensor, k: Tensor, is_causal: bool, mask: Tensor | None
+) -> tuple[bool, Tensor | None]:
+    """is_causal and mask as the platform's attentions take them, for Tq queries over Tk keys.
+
+    Causal means u <= t + Tk - Tq: the last query sees every key. Attentions that take is_causal
+    differ in where they put the diagonal if Tq != Tk, so then it becomes a mask [Tq, Tk].
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if not is_causal or queries == keys:
+        return is_causal, mask
+    if queries == 1:
+        return False, None
+    seen = torch.ones((queries, keys), dtype=torch.bool, device=q.device)
+    return False, seen.tril(keys - queries)
 
 
 def compact(mask: Tensor) -> Tensor:
@@ -71,18 +88,18 @@ def dead_rows(mask: Tensor) -> Tensor:
     return mask.amax(-1, keepdim=True) == -math.inf
 
 
-def normalised(grad_out: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
+def normalised(grad_out: Tensor, bias: Tensor, lse: Tensor, tokens: int) -> Tensor:
     """grad_out, for a backward that takes p = exp(z - lse), where a mask has rounded lse: if S = 0.
 
     Where one huge number m masks all n visible keys of a row, z = m and lse = m + log(n) in
     rounded arithmetic, and the p of a row sums to n exp(m - lse), say n, instead of 1. Every
     gradient is linear in p grad_out, so grad_out takes the missing factor. (With slots that see
-    the row, p is 0.)
+    the row, p is 0.) tokens: Tk.
     """
     largest = bias.amax(-1, keepdim=True).to(lse.dtype)
     keys = (bias == largest).sum(-1, keepdim=True)
     if bias.shape[-1] == 1:
-        keys = keys * grad_out.shape[-2]
+        keys = keys * tokens
     rounded = (largest < _ABSORBING[lse.dtype]) & (lse.unsqueeze(-1) != -math.inf)
     total = keys * (largest - lse.unsqueeze(-1)).exp()
     return grad_out / torch.where(rounded, total, 1.0).to(grad_out.dtype)
@@ -98,27 +115,27 @@ def gradient(
     mask: Tensor,
     scale: float,
 ) -> Tensor:
-    """The gradient of an additive mask, in its shape and dtype, by T x T scores: batch by batch.
+    """The gradient of an additive mask, in its shape and dtype, by Tq x Tk scores: batch by batch.
 
     dmask = dz = p (do . v - do . out), p = exp(z - lse), summed over the axes of the broadcast.
     out, lse: joint; lse +inf in rows without any weight on the sequence.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
-    b, hq, t, d = q.shape
+    (b, hq, t, d), tokens = q.shape, k.shape[2]
     grouped = (k.shape[1], hq // k.shape[1], t, d)
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    bias = additive(mask, compute).expand(b, hq, t, t)
+    bias = additive(mask, compute).expand(b, hq, t, tokens)
     total = q.new_zeros(shape, dtype=compute)
     for i in range(b):
         query, grad, joint = (x[i].to(compute).reshape(grouped) for x in (q, grad_out, out))
         z = (
             (query @ k[i].to(compute).unsqueeze(1).mT)
             .mul_(scale)
-            .add_(bias[i].reshape(*grouped[:3], t))
+            .add_(bias[i].reshape(*grouped[:3], tokens))
         )
         p = z.sub_(lse[i].to(compute).reshape(grouped[:3]).unsqueeze(-1)).exp_()
         dp = grad @ v[i].to(compute).unsqueeze(1).mT
-        dz = dp.sub_((grad * joint).sum(-1, keepdim=True)).mul_(p).reshape(1, hq, t, t)
+        dz = dp.sub_((grad * joint).sum(-1, keepdim=True)).mul_(p).reshape(1, hq, t, tokens)
         row = total if shape[0] == 1 else total[i : i + 1]
         row.add_(dz.sum_to_size((1, *shape[1:])))
     return total.reshape(mask.shape).to(mask.dtype)
@@ -130,7 +147,7 @@ def no_gradient(mask: Tensor | None) -> Tensor | None:
 
 
 def reduced(scores_gradient: Tensor, mask: Tensor) -> Tensor:
-    """The mask's gradient from the scores' [B, Hq, T, T]: summed over the broadcast's axes."""
+    """The mask's gradient from the scores' [B, Hq, Tq, Tk]: summed over the broadcast's axes."""
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     axes = [i for i in range(4) if shape[i] != scores_gradient.shape[i]]
     if axes:

@@ -2,7 +2,8 @@
 
 The same operators' backward, handed the JOINT out and lse of sequence and depth, returns the exact
 gradients of the sequence part: they use out and lse only as delta = do . o and p = exp(z - lse).
-Every function takes q [B, Hq, T, d] and k, v [B, Hk, T, d], Hq a multiple of Hk.
+Every function takes q [B, Hq, Tq, d] and k, v [B, Hk, Tk, d], Hq a multiple of Hk; is_causal only
+where Tq = Tk (see `masks.aligned`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moda_compile.kernels import launch, masks
+from moda_compile.kernels import joint, launch, masks
 
 _aten = torch.ops.aten
 _ROW_ELEMENTS = 8  # the fused kernels take head dims that are multiples of this
@@ -36,12 +37,14 @@ def forward(
     Args:
         name: "cudnn", "flash", "efficient" or "math". The first two take no mask.
         is_causal: token t attends to tokens u <= t. scale: factor of every score.
-        mask: bool or additive, broadcastable to [B, Hq, T, T].
+        mask: bool or additive, broadcastable to [B, Hq, Tq, Tk].
 
     Returns:
-        out [B, Hq, T, d] (last stride 1, otherwise any layout) and lse [B, Hq, T], natural log.
+        out [B, Hq, Tq, d] (last stride 1, otherwise any layout) and lse [B, Hq, Tq], natural log.
         A row without a visible key has lse -inf and any finite out.
     """
+    if k.shape[2] == 0:
+        return joint.nothing(q)
     out, lse = _forward(name, q, k, v, is_causal, scale, _bias(name, mask, q))
     if mask is not None:
         lse = lse.masked_fill(masks.dead_rows(masks.compact(mask)).squeeze(-1), -math.inf)
@@ -74,12 +77,12 @@ def _forward(
     elif name == "efficient":
         k, v = _repeat_heads(k, hq), _repeat_heads(v, hq)
         result = _aten._scaled_dot_product_efficient_attention.default(
-            q, k, v, _mask_operand(bias, b, hq, t), True, 0.0, is_causal, scale=scale
+            q, k, v, _mask_operand(bias, b, hq, t, k.shape[2]), True, 0.0, is_causal, scale=scale
         )
     else:
         raise ValueError(f"no such attention: {name!r}")
     out, lse = result[0], result[1]
-    if name == "efficient":  # its lse is longer than T
+    if name == "efficient":  # its lse is longer than Tq
         lse = lse.narrow(-1, 0, t)
     return _columns(out, d), lse.reshape(b, hq, t)  # cuDNN's lse is [B, Hq, T, 1]
 
@@ -108,6 +111,9 @@ def backward(
         dq [B, Hq, T, d], dk, dv [B, Hk, T, d]: last stride 1, otherwise any layout; the mask's
         gradient, in its shape and dtype, or None.
     """
+    if k.shape[2] == 0:
+        no_mask = masks.no_gradient(mask) if mask_gradient else None
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), no_mask
     bias = _bias(name, mask, q)
     if bias is not None:
         lse = lse.masked_fill(lse == -math.inf, math.inf)  # p = exp(z - inf) = 0
@@ -115,7 +121,7 @@ def backward(
     if name == "math":
         dq, dk, dv, dz = _math_backward(grad_out, q, k, v, out, lse, is_causal, scale, bias)
         return dq, dk, dv, None if learned is None else masks.reduced(dz, learned)
-    b, hq, t, d = q.shape
+    (b, hq, t, d), tokens = q.shape, k.shape[2]
     hk, dbias = k.shape[1], None
     grad_out, q, k, v, out = (_operand(x) for x in (grad_out, q, k, v, out))
     # With dropout 0 no kernel reads the random state; the arguments are there to be filled.
@@ -128,12 +134,12 @@ def backward(
         q = q if _is_token_major(q) else launch.token_major(q)
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward.default(
             grad_out, q, k, v, out, lse.unsqueeze(-1), seed, offset,
-            None, None, None, t, t, 0.0, is_causal, scale=scale,
+            None, None, None, t, tokens, 0.0, is_causal, scale=scale,
         )  # fmt: skip
     elif name == "flash":
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward.default(
             grad_out, q, k, v, out, lse,
-            None, None, t, t, 0.0, is_causal, seed, offset, scale=scale,
+            None, None, t, tokens, 0.0, is_causal, seed, offset, scale=scale,
         )  # fmt: skip
     elif name == "efficient":
         # A padded row weighs exp(z - inf) = 0. out must be token-major: the kernel derives its
@@ -142,7 +148,8 @@ def backward(
         padded = torch.cat((lse, rest), -1)
         wanted = [True, True, True, learned is not None]
         dq, dk, dv, dbias = _aten._scaled_dot_product_efficient_attention_backward.default(
-            grad_out, q, _repeat_heads(k, hq), _repeat_heads(v, hq), _mask_operand(bias, b, hq, t),
+            grad_out, q, _repeat_heads(k, hq), _repeat_heads(v, hq),
+            _mask_operand(bias, b, hq, t, tokens),
             launch.token_major(out), padded, seed, offset, 0.0, wanted, is_causal,
             scale=scale,
         )  # fmt: skip
@@ -153,11 +160,13 @@ def backward(
     return _columns(dq, d), _columns(dk, d), _columns(dv, d), dmask
 
 
-def normalised(name: str, grad_out: Tensor, q: Tensor, lse: Tensor, mask: Tensor) -> Tensor:
+def normalised(
+    name: str, grad_out: Tensor, q: Tensor, k: Tensor, lse: Tensor, mask: Tensor
+) -> Tensor:
     """grad_out for :func:`backward` where there are no slots; see `masks.normalised`."""
     bias = _bias(name, mask, q)
     assert bias is not None
-    return launch.token_major(masks.normalised(grad_out, bias, lse))
+    return launch.token_major(masks.normalised(grad_out, bias, lse, k.shape[2]))
 
 
 def _bias(name: str, mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -170,20 +179,20 @@ def _bias(name: str, mask: Tensor | None, q: Tensor) -> Tensor | None:
     return masks.finite(masks.compact(mask), dtype)
 
 
-def _mask_operand(bias: Tensor | None, b: int, heads: int, t: int) -> Tensor | None:
-    """bias [B, Hq, T, T] as efficient attention takes it: rows on 16-byte boundaries.
+def _mask_operand(bias: Tensor | None, b: int, heads: int, t: int, tokens: int) -> Tensor | None:
+    """bias [B, Hq, Tq, Tk] as efficient attention takes it: rows on 16-byte boundaries.
 
     Axes along which the mask is the same stay expanded, but for the last.
     """
     if bias is None:
         return None
-    bias = bias.expand(-1, -1, -1, t)
-    padding = -t % _MASK_ELEMENTS
+    bias = bias.expand(-1, -1, -1, tokens)
+    padding = -tokens % _MASK_ELEMENTS
     if type(padding) is not int or padding:  # a symbolic length may need it
         bias = torch.cat((bias, bias.new_zeros((*bias.shape[:-1], padding))), -1)
     elif bias.stride(-1) != 1 or launch.alignment(bias) != 16:
         bias = bias.clone(memory_format=torch.contiguous_format)
-    return bias.narrow(-1, 0, t).expand(b, heads, t, t)
+    return bias.narrow(-1, 0, tokens).expand(b, heads, t, tokens)
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -232,7 +241,7 @@ def _sum_heads(x: Tensor, heads: int) -> Tensor:
 def _math_scores(
     q: Tensor, k: Tensor, is_causal: bool, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Grouped queries [B, Hk, G, T, d] and scores [B, Hk, G, T, T], at least in float32."""
+    """Grouped queries [B, Hk, G, Tq, d] and scores [B, Hk, G, Tq, Tk], at least in float32."""
     b, hq, t, d = q.shape
     hk = k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -242,7 +251,7 @@ def _math_scores(
         future = torch.ones((t, t), dtype=torch.bool, device=q.device).triu(1)
         z = z.masked_fill(future, -math.inf)
     if bias is not None:
-        z = z + bias.expand(b, hq, t, t).reshape(z.shape)
+        z = z + bias.expand(b, hq, t, k.shape[2]).reshape(z.shape)
     return query, z
 
 
@@ -267,7 +276,7 @@ def _math_backward(
     scale: float,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and the scores' gradient [B, Hq, T, T]."""
+    """dq, dk, dv, and the scores' gradient [B, Hq, Tq, Tk]."""
     query, z = _math_scores(q, k, is_causal, scale, bias)
     grouped = query.shape
     p = (z - lse.to(z.dtype).reshape(grouped[:4]).unsqueeze(-1)).exp()

@@ -49,20 +49,21 @@ def forward(
     """Joint attention over the sequence and the depth slots.
 
     Args:
-        q: queries [B, Hq, T, d].
-        k, v: the layer's own keys and values [B, Hk, T, d], Hq a multiple of Hk.
-        depth_k, depth_v: S slots of [B, Hk, T, d], each with strides of its own.
-        is_causal: token t attends to tokens u <= t of the sequence.
+        q: queries [B, Hq, Tq, d].
+        k, v: the layer's own keys and values [B, Hk, Tk, d], Hq a multiple of Hk.
+        depth_k, depth_v: S slots of [B, Hk, Tq, d], each with strides of its own.
+        is_causal: token t attends to tokens u <= t + Tk - Tq of the sequence.
         scale: factor of every score.
-        mask: of the sequence, bool or additive, broadcastable to [B, Hq, T, T].
+        mask: of the sequence, bool or additive, broadcastable to [B, Hq, Tq, Tk].
         lowering: by default what `kernels.choose` says.
 
     Returns:
-        out [B, Hq, T, d] in [B, T, Hq, d] memory order, and lse [B, Hq, T], natural log, float32
+        out [B, Hq, Tq, d] in [B, Tq, Hq, d] memory order, and lse [B, Hq, Tq], natural log, float32
         (float64 for float64 inputs). A row without a visible key gives all its weight to the
         slots; without slots its out is 0 and its lse -inf.
     """
-    lowering = lowering or _lowering(q, mask)
+    is_causal, mask = masks.aligned(q, k, is_causal, mask)
+    lowering = lowering or _lowering(q, k, mask)
     if q.numel() == 0:
         return _nothing(q)
     q = launch.unit_rows(q)
@@ -243,7 +244,8 @@ def _backward(
     lowering: Lowering | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dmask; fills or adds to grads, the slots' (keys, values)."""
-    lowering = lowering or _lowering(q, mask, mask_gradient)
+    is_causal, mask = masks.aligned(q, k, is_causal, mask)
+    lowering = lowering or _lowering(q, k, mask, mask_gradient)
     if q.numel() == 0:
         return _empty(q), _empty(k), _empty(v), masks.no_gradient(mask) if mask_gradient else None
     q, grad_out = launch.unit_rows(q), launch.token_major(grad_out)
@@ -252,7 +254,7 @@ def _backward(
     grad = grad_out
     if mask is not None and mask.is_floating_point() and not has_slots:
         mask = masks.absorbed(mask if mask_gradient else masks.compact(mask), q.dtype)
-        grad = sequence.normalised(lowering.sequence, grad_out, q, lse, mask)
+        grad = sequence.normalised(lowering.sequence, grad_out, q, k, lse, mask)
     dq, dk, dv, dmask = sequence.backward(
         lowering.sequence, grad, q, k, v, out, lse,
         is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
@@ -298,15 +300,14 @@ def _slots(depth_k: _Slots, depth_v: _Slots) -> slot_table.Slots:
     return slot_table.table(list(depth_k), list(depth_v))
 
 
-def _lowering(q: Tensor, mask: Tensor | None, mask_gradient: bool = False) -> Lowering:
+def _lowering(q: Tensor, k: Tensor, mask: Tensor | None, mask_gradient: bool = False) -> Lowering:
     if not q.is_cuda:  # Triton's interpreter
         return Lowering("split", "math", "Triton's interpreter: no fused attention on the CPU.")
-    b, h, t, d = q.shape
     return choose(
         device_type="cuda",
         dtype=q.dtype,
-        head_dim=d,
-        tokens=t,
+        head_dim=q.shape[3],
+        tokens=k.shape[2],
         capability=launch.capability(q),
         masked=mask is not None,
         mask_gradient=mask_gradient,

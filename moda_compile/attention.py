@@ -28,18 +28,21 @@ def moda_attention(
 
     For query head h with KV head j = h // (Hq / Hk) (paper arXiv 2603.15619, section 3)::
 
-        z_seq[u]   = scale * q[t,h] . k[u,j] (+ mask)      u <= t if is_causal
+        z_seq[u]   = scale * q[t,h] . k[u,j] (+ mask)      u <= t + Tk - Tq if is_causal
         z_depth[i] = scale * q[t,h] . depth_k[i,t,j]       i in 0 .. S-1
         p          = softmax(concat(z_seq, z_depth))
         out[t,h]   = sum_u p_seq[u] v[u,j] + sum_i p_depth[i] depth_v[i,t,j]
 
     Args:
-        q: queries [B, Hq, T, d] of float16, bfloat16, float32 or float64.
-        k, v: keys and values [B, Hk, T, d]; Hq must be a multiple of Hk.
-        depth_k, depth_v: depth keys and values [S, B, Hk, T, d], any strides; S may be 0, which
-            is plain attention.
-        is_causal: whether token t attends to tokens u <= t only.
-        attn_mask: which token attends to which, broadcastable to [B, Hq, T, T]: bool (True
+        q: queries [B, Hq, Tq, d] of float16, bfloat16, float32 or float64.
+        k, v: keys and values [B, Hk, Tk, d]; Hq must be a multiple of Hk. Tk may differ from Tq:
+            with a KV cache the queries are the last of the tokens.
+        depth_k, depth_v: depth keys and values [S, B, Hk, Tq, d] of the queries' own tokens, any
+            strides; S may be 0, which is plain attention.
+        is_causal: whether a token attends to itself and earlier ones only; the last query is the
+            last key's token (`torch.nn.functional.scaled_dot_product_attention` takes the first
+            query to be the first key's).
+        attn_mask: which token attends to which, broadcastable to [B, Hq, Tq, Tk]: bool (True
             attends) or float16, bfloat16, float32 or float64 numbers that are added to z_seq.
             It masks the sequence, never the slots, and may require a gradient. A row that it
             leaves no key (all False or -inf) gives all its weight to the slots; without slots its
@@ -49,7 +52,7 @@ def moda_attention(
         return_lse: also return the log-sum-exp of all scores of a row.
 
     Returns:
-        out [B, Hq, T, d]; with ``return_lse`` also lse [B, Hq, T], natural logarithm, float32
+        out [B, Hq, Tq, d]; with ``return_lse`` also lse [B, Hq, Tq], natural logarithm, float32
         (float64 for float64 inputs), not differentiable. NaN in a row's inputs gives NaN there.
 
     Raises:
@@ -57,7 +60,7 @@ def moda_attention(
     """
     _check(q, k, v, depth_k, depth_v)
     if attn_mask is not None:
-        _check_mask(q, attn_mask, bool(is_causal))
+        _check_mask(q, k, attn_mask, bool(is_causal))
     factor = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     from moda_compile import stacked  # registers a triton_op, which loads Triton
 
@@ -81,24 +84,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor) ->
         if x.device != q.device:
             raise InputError(f"{name}: on {x.device}, but q is on {q.device}; move it with .to().")
     b, hq, t, d = q.shape
-    hk = k.shape[1]
-    if k.shape != (b, hk, t, d) or v.shape != k.shape:
+    hk, keys = k.shape[1], k.shape[2]
+    if k.shape != (b, hk, keys, d) or v.shape != k.shape:
         raise InputError(
-            f"k, v: got {tuple(k.shape)} and {tuple(v.shape)}, expected both [B, Hk, T, d] = "
-            f"[{b}, Hk, {t}, {d}] as q is {tuple(q.shape)}."
+            f"k, v: got {tuple(k.shape)} and {tuple(v.shape)}, expected both [B, Hk, Tk, d] = "
+            f"[{b}, Hk, Tk, {d}] as q is {tuple(q.shape)}."
         )
     if hq == 0 or hk == 0 or hq % hk:
         raise InputError(f"q has {hq} heads, which is not a multiple of the {hk} KV heads.")
     if d == 0:
         raise InputError("q has head_dim 0, expected at least 1.")
-    if depth_k.shape[1:] != k.shape or depth_v.shape != depth_k.shape:
+    if depth_k.shape[1:] != (b, hk, t, d) or depth_v.shape != depth_k.shape:
         raise InputError(
             f"depth_k, depth_v: got {tuple(depth_k.shape)} and {tuple(depth_v.shape)}, expected "
-            f"both [S, B, Hk, T, d] = [S, {b}, {hk}, {t}, {d}]."
+            f"both [S, B, Hk, Tq, d] = [S, {b}, {hk}, {t}, {d}]."
         )
 
 
-def _check_mask(q: Tensor, mask: Tensor, is_causal: bool) -> None:
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor, is_causal: bool) -> None:
     if is_causal:
         raise InputError("got both is_causal=True and attn_mask; give one of them.")
     if not isinstance(mask, Tensor):
@@ -112,10 +115,10 @@ def _check_mask(q: Tensor, mask: Tensor, is_causal: bool) -> None:
         raise InputError(
             f"attn_mask: on {mask.device}, but q is on {q.device}; move it with .to()."
         )
-    b, hq, t, _ = q.shape
-    axes = zip(reversed(mask.shape), (t, t, hq, b), strict=False)
+    (b, hq, t, _), keys = q.shape, k.shape[2]
+    axes = zip(reversed(mask.shape), (keys, t, hq, b), strict=False)
     if mask.dim() > 4 or any(n not in (1, full) for n, full in axes):
         raise InputError(
             f"attn_mask: got {tuple(mask.shape)}, expected a shape that broadcasts to "
-            f"[B, Hq, T, T] = [{b}, {hq}, {t}, {t}]."
+            f"[B, Hq, Tq, Tk] = [{b}, {hq}, {t}, {keys}]."
         )

@@ -42,22 +42,26 @@ def _check_slots(
         raise InputError(
             f"depth_attention: {len(depth_k)} depth keys but {len(depth_v)} depth values."
         )
-    expected = (b, hk, t, d)
-    for x in (k, v, *depth_k, *depth_v):
-        if x.shape != expected:
-            raise InputError(
-                f"depth_attention: got keys or values {tuple(x.shape)}, expected [B, Hk, T, d] = "
-                f"{expected} for all, as q is {tuple(q.shape)} and k {tuple(k.shape)}."
-            )
+    sequence, slot = (b, hk, k.shape[2], d), (b, hk, t, d)
+    for named, expected, tensors in (
+        ("keys or values", sequence, (k, v)),
+        ("depth keys or values", slot, (*depth_k, *depth_v)),
+    ):
+        for x in tensors:
+            if x.shape != expected:
+                raise InputError(
+                    f"depth_attention: got {named} {tuple(x.shape)}, expected [B, Hk, T, d] = "
+                    f"{expected} for all, as q is {tuple(q.shape)} and k {tuple(k.shape)}."
+                )
     if hq == 0 or hk == 0 or hq % hk:
         raise InputError(f"depth_attention: {hq} heads are no multiple of {hk} KV heads.")
 
 
-def _check_mask(q: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
     """Refuse a mask that the kernels would read out of bounds, or could not mean."""
     if mask is None:
         return
-    b, hq, t, _ = q.shape
+    (b, hq, t, _), keys = q.shape, k.shape[2]
     if is_causal:
         raise InputError("depth_attention: got both is_causal=True and a mask; give one of them.")
     if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -65,11 +69,11 @@ def _check_mask(q: Tensor, mask: Tensor | None, is_causal: bool) -> None:
             f"depth_attention: got a mask of {mask.dtype}, expected bool (True attends) or a "
             "floating point number to add. Cast with .bool() or .to(dtype)."
         )
-    pairs = zip(reversed(mask.shape), (t, t, hq, b), strict=False)
+    pairs = zip(reversed(mask.shape), (keys, t, hq, b), strict=False)
     if mask.dim() > 4 or any(n not in (1, full) for n, full in pairs):
         raise InputError(
             f"depth_attention: got a mask {tuple(mask.shape)}, expected one that broadcasts to "
-            f"[B, Hq, T, T] = {(b, hq, t, t)}."
+            f"[B, Hq, Tq, Tk] = {(b, hq, t, keys)}."
         )
     if mask.device != q.device:
         raise InputError(f"depth_attention: the mask is on {mask.device}, q on {q.device}.")
@@ -134,13 +138,15 @@ def depth_attention(
     scale: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Joint attention; the slots are S separate tensors [B, Hk, T, d] of any strides.
+    """Joint attention of q [B, Hq, Tq, d] over k, v [B, Hk, Tk, d] and S slots [B, Hk, Tq, d].
 
-    mask: bool (True attends) or added to the scores, broadcastable to [B, Hq, T, T]. It masks the
-    sequence only. A row that it leaves no key gives all its weight to the slots.
+    The slots are separate tensors of any strides. is_causal: the last query sees all keys, the one
+    before all but one, and so on: u <= t + Tk - Tq. mask: bool (True attends) or added to the
+    scores, broadcastable to [B, Hq, Tq, Tk]. It masks the sequence only. A row that it leaves no
+    key gives all its weight to the slots.
     """
     _check_slots(q, k, v, depth_k, depth_v)
-    _check_mask(q, mask, is_causal)
+    _check_mask(q, k, mask, is_causal)
     return kernels_for(q).forward(
         q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale, mask=mask
     )
@@ -167,13 +173,13 @@ def depth_attention_backward(
     mask: Tensor | None = None,
     mask_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dmask; the slots' gradients are added to accumulator[:S] [N, 2, B, Hk, T, d].
+    """dq, dk, dv, dmask; the slots' gradients are added to accumulator[:S] [N, 2, B, Hk, Tq, d].
 
     ``accumulator`` may be ``None`` only if there are no slots. ``dmask`` has the mask's own shape
     and dtype; without ``mask_gradient`` it is an empty tensor [0].
     """
     _check_slots(q, k, v, depth_k, depth_v)
-    _check_mask(q, mask, is_causal)
+    _check_mask(q, k, mask, is_causal)
     *gradients, mask_grad = kernels_for(q).backward(
         grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator,
         is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
@@ -265,20 +271,25 @@ def accumulator_dtype(dtype: torch.dtype, choice: str) -> torch.dtype:
     return dtype if choice == "model" else torch.promote_types(dtype, torch.float32)
 
 
-def new_accumulator(key: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
-    """Zeros [slots, 2, B, Hk, T, d], token-major in memory, for slots shaped like ``key``."""
-    b, hk, t, d = key.shape
-    return key.new_zeros(slots, 2, b, t, hk, d, dtype=dtype).transpose(3, 4)
+def new_accumulator(like: Tensor, shape: Sequence[int], slots: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [slots, 2, B, Hk, T, d], token-major in memory, for slots of ``shape``."""
+    b, hk, t, d = shape
+    return like.new_zeros(slots, 2, b, t, hk, d, dtype=dtype).transpose(3, 4)
 
 
-def _new_token(key: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
-    return key.new_zeros((), dtype=dtype).expand(slots, 2, *key.shape)
+def _new_token(like: Tensor, shape: Sequence[int], slots: int, dtype: torch.dtype) -> Tensor:
+    return like.new_zeros((), dtype=dtype).expand(slots, 2, *shape)
 
 
-def _writable(accumulator: Tensor | None, ctx: Any, key: Tensor) -> Tensor:
+def _slot_shape(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    """[B, Hk, Tq, d]: a slot belongs to the query's tokens, however many keys there are."""
+    return q.shape[0], k.shape[1], q.shape[2], q.shape[3]
+
+
+def _writable(accumulator: Tensor | None, ctx: Any, like: Tensor, shape: Sequence[int]) -> Tensor:
     """The gradient that came in for the token, or zeros, as memory that can be added to."""
     if accumulator is None:  # the last layer, or one that no later layer's loss reaches
-        return new_accumulator(key, ctx.slots, ctx.dtype)
+        return new_accumulator(like, shape, ctx.slots, ctx.dtype)
     # An expanded gradient has no memory to add to.
     return accumulator.contiguous() if 0 in accumulator.stride() else accumulator
 
@@ -288,7 +299,7 @@ class _WriteSlot(torch.autograd.Function):
     def forward(ctx: Any, token, key, value, slot, slots, dtype):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         ctx.slot, ctx.dtype = slot, key.dtype
-        return _new_token(key, slots, dtype)
+        return _new_token(key, key.shape, slots, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -310,7 +321,7 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, mask, *depth_k, *depth_v)
         ctx.slots, ctx.dtype = token.shape[0], token.dtype
         ctx.is_causal, ctx.scale = is_causal, scale
-        return out, _new_token(k, ctx.slots, ctx.dtype)
+        return out, _new_token(q, _slot_shape(q, k), ctx.slots, ctx.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -321,7 +332,7 @@ class _Attend(torch.autograd.Function):
             return None, None, None, accumulator, *unused, None
         depth_k, depth_v = slots[: len(slots) // 2], slots[len(slots) // 2 :]
         if depth_k or accumulator is not None:
-            accumulator = _writable(accumulator, ctx, k)
+            accumulator = _writable(accumulator, ctx, q, _slot_shape(q, k))
         *gradients, dmask = torch.ops.moda_compile.depth_attention_backward(
             grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator if depth_k else None,
             ctx.is_causal, ctx.scale, mask, ctx.needs_input_grad[8],
@@ -339,7 +350,7 @@ class _Join(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(sequence_out, sequence_lse, q, out, lse, *depth_k, *depth_v)
         ctx.slots, ctx.dtype, ctx.scale = token.shape[0], token.dtype, scale
-        return out, _new_token(depth_k[0], ctx.slots, ctx.dtype)
+        return out, _new_token(q, depth_k[0].shape, ctx.slots, ctx.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -349,7 +360,7 @@ class _Join(torch.autograd.Function):
             return None, None, None, accumulator, *unused
         sequence_out, sequence_lse, q, out, lse, *slots = ctx.saved_tensors
         depth_k, depth_v = slots[: len(slots) // 2], slots[len(slots) // 2 :]
-        accumulator = _writable(accumulator, ctx, depth_k[0])
+        accumulator = _writable(accumulator, ctx, q, depth_k[0].shape)
         gradients = torch.ops.moda_compile.depth_merge_backward(
             grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, accumulator,
             ctx.scale,
@@ -367,18 +378,18 @@ def _attend(q, k, v, token, depth_k, depth_v, is_causal, scale, mask=None):  # t
     out, _ = torch.ops.moda_compile.depth_attention(
         q, k, v, depth_k, depth_v, is_causal, scale, mask
     )
-    return out, _new_token(k, token.shape[0], token.dtype)
+    return out, _new_token(q, _slot_shape(q, k), token.shape[0], token.dtype)
 
 
 def _join(sequence_out, sequence_lse, q, token, depth_k, depth_v, scale):  # type: ignore[no-untyped-def]
     out, _ = torch.ops.moda_compile.depth_merge(
         sequence_out, sequence_lse, q, depth_k, depth_v, scale
     )
-    return out, _new_token(depth_k[0], token.shape[0], token.dtype)
+    return out, _new_token(q, depth_k[0].shape, token.shape[0], token.dtype)
 
 
 def _write_slot(token, key, value, slot, slots, dtype):  # type: ignore[no-untyped-def]
-    return _new_token(key, slots, dtype)
+    return _new_token(key, key.shape, slots, dtype)
 
 
 # torch.library.register_autograd refuses gradients that mutate, hence the dispatcher by hand.

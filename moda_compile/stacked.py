@@ -31,9 +31,10 @@ def attention(
     scale: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Joint attention; the slots are one tensor [S, B, Hk, T, d] of any strides.
+    """Joint attention of q [B, Hq, Tq, d] over k, v [B, Hk, Tk, d]; see `ops.depth_attention`.
 
-    mask: of the sequence, bool or additive, broadcastable to [B, Hq, T, T].
+    The slots are one tensor [S, B, Hk, Tq, d] of any strides. mask: of the sequence, bool or
+    additive, broadcastable to [B, Hq, Tq, Tk].
     """
     if q.device.type == "cuda":
         return kernels_for(q).forward_stacked(
@@ -57,7 +58,7 @@ def attention_backward(
     mask: Tensor | None = None,
     mask_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, the slots' gradients [S, B, Hk, T, d], and the mask's ([0] if not wanted)."""
+    """dq, dk, dv, the slots' gradients [S, B, Hk, Tq, d], and the mask's ([0] if not wanted)."""
     if q.device.type == "cuda":
         *gradients, dmask = kernels_for(q).backward_stacked(
             grad_out, q, k, v, depth_k, depth_v, out, lse,
@@ -65,7 +66,9 @@ def attention_backward(
         )  # fmt: skip
         return *gradients, q.new_empty(0) if dmask is None else dmask
     slots = depth_k.unbind(0), depth_v.unbind(0)
-    accumulator = new_accumulator(k, len(slots[0]), accumulator_dtype(k.dtype, "float32"))
+    accumulator = new_accumulator(
+        k, depth_k.shape[1:], len(slots[0]), accumulator_dtype(k.dtype, "float32")
+    )
     dq, dk, dv, dmask = depth_attention_backward(
         grad_out, q, k, v, *slots, out, lse, accumulator, is_causal, scale, mask, mask_gradient
     )

@@ -296,7 +296,7 @@ def test_opcheck_backwards(kind: str, slots: int) -> None:
     rest = (False, 0.25, mask, learned)
     opcheck(OPS.attention_backward.default, (grad, *tensors, out, lse, *rest))
     q, k, v, keys, values = *tensors[:3], list(tensors[3]), list(tensors[4])
-    accumulator = ops.new_accumulator(k, slots + 1, torch.float32) if slots else None
+    accumulator = ops.new_accumulator(k, k.shape, slots + 1, torch.float32) if slots else None
     arguments = (grad, q, k, v, keys, values, out, lse, accumulator, *rest)
     opcheck(OPS.depth_attention_backward.default, arguments)
     dmask = OPS.depth_attention_backward(*arguments)[3]

@@ -93,7 +93,7 @@ def test_any_strides(kind: str, dtype: torch.dtype) -> None:
     slots = [[layouts(x)[kind] for x in y] for y in (depth_k, depth_v)]
     turned = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (lse, dense[1])]
     got = OPS.depth_merge(strided[0], turned[0], strided[1], *slots, SCALE)
-    accumulators = [ops.new_accumulator(k, 3, torch.float64) for _ in range(2)]
+    accumulators = [ops.new_accumulator(k, k.shape, 3, torch.float64) for _ in range(2)]
     one = OPS.depth_merge_backward(
         grad, out, lse, q, list(depth_k), list(depth_v), *dense, accumulators[0], SCALE
     )
@@ -115,7 +115,7 @@ def test_empty(sizes: dict[str, int]) -> None:
     slots = list(depth_k), list(depth_v)
     out, lse = OPS.depth_merge(q, q[..., 0], q, *slots, SCALE)
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
-    accumulator = ops.new_accumulator(slots[0][0], 3, torch.float64)
+    accumulator = ops.new_accumulator(slots[0][0], slots[0][0].shape, 3, torch.float64)
     made = OPS.depth_merge_backward(q, q, lse, q, *slots, out, lse, accumulator, SCALE)
     assert [x.shape for x in made] == [q.shape, q.shape[:3], q.shape]
 
@@ -145,8 +145,8 @@ def test_the_accumulator_is_added_to_and_rows_behind_it_are_not_touched() -> Non
         OPS.depth_merge_backward(*arguments)
         return accumulator
 
-    alone = backward(ops.new_accumulator(k, 3, torch.float64))
-    before = ops.new_accumulator(k, 5, torch.float64)
+    alone = backward(ops.new_accumulator(k, k.shape, 3, torch.float64))
+    before = ops.new_accumulator(k, k.shape, 5, torch.float64)
     before[:3], before[3:] = 3.0, math.nan
     after = backward(before)
     torch.testing.assert_close(after[:3], alone + 3.0, rtol=0, atol=1e-14)  # one addition
@@ -231,7 +231,7 @@ def test_opcheck(kind: str, dtype: torch.dtype) -> None:
     out, lse, q, keys, values = arguments(kind, dtype)
     opcheck(OPS.depth_merge.default, (out, lse, q, keys, values, SCALE))
     joint, joint_lse = OPS.depth_merge(out, lse, q, keys, values, SCALE)
-    accumulator = ops.new_accumulator(keys[0], 4, torch.float32)
+    accumulator = ops.new_accumulator(keys[0], keys[0].shape, 4, torch.float32)
     grad = torch.randn_like(joint)
     opcheck(
         OPS.depth_merge_backward.default,
@@ -290,7 +290,7 @@ def test_double_backward_is_refused() -> None:
         (2, lambda x: x[:, :3], "3 heads are no multiple of 2"),
         (3, lambda x: [], "no depth slots"),
         (3, lambda x: x[:2], "2 depth keys but 3 depth values"),
-        (4, lambda x: [*x[:2], x[2][:, :1]], r"got keys or values \(2, 1, 7, 16\)"),
+        (4, lambda x: [*x[:2], x[2][:, :1]], r"got depth keys or values \(2, 1, 7, 16\)"),
         (3, lambda x: [x[0][:, :, :6], *x[1:]], "expected"),
     ],
 )

@@ -63,7 +63,7 @@ def test_opcheck_depth_attention_backward(kind: str, slots: int, dtype: torch.dt
     q, k, v, depth_k, depth_v = strided(make(s=slots, dtype=dtype), kind, requires_grad=False)
     keys, values = list(depth_k), list(depth_v)
     out, lse = OPS.depth_attention(q, k, v, keys, values, True, 0.25)
-    accumulator = ops.new_accumulator(k, slots + 1, torch.float32) if slots else None
+    accumulator = ops.new_accumulator(k, k.shape, slots + 1, torch.float32) if slots else None
     opcheck(
         OPS.depth_attention_backward.default,
         (torch.randn_like(out), q, k, v, keys, values, out, lse, accumulator, True, 0.25),

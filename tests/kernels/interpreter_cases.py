@@ -43,21 +43,21 @@ def oracle(
 ) -> tuple[Tensor, Tensor]:
     """The definition (arXiv 2603.15619, section 3): one softmax over the concatenated scores.
 
-    q [B, Hq, T, d]; k, v [B, Hk, T, d]; depth_k, depth_v [S, B, Hk, T, d]. In the dtype of q.
+    q [B, Hq, Tq, d]; k, v [B, Hk, Tk, d]; depth_k, depth_v [S, B, Hk, Tq, d]. In the dtype of q.
     """
-    group, t = q.shape[1] // k.shape[1], q.shape[2]
+    group, t, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     depth_k, depth_v = depth_k.repeat_interleave(group, 2), depth_v.repeat_interleave(group, 2)
     z_seq = torch.einsum("bhtd,bhud->bhtu", q, k) * scale
     if causal:
-        z_seq = z_seq.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -math.inf)
+        z_seq = z_seq.masked_fill(~torch.ones(t, keys, dtype=torch.bool).tril(keys - t), -math.inf)
     if mask is not None:
         z_seq = z_seq.masked_fill(~mask, -math.inf)
     z_depth = torch.einsum("bhtd,sbhtd->bhts", q, depth_k) * scale
     z = torch.cat([z_seq, z_depth], -1)
     p = z.softmax(-1)
-    out = torch.einsum("bhtu,bhud->bhtd", p[..., :t], v)
-    out = out + torch.einsum("bhts,sbhtd->bhtd", p[..., t:], depth_v)
+    out = torch.einsum("bhtu,bhud->bhtd", p[..., :keys], v)
+    out = out + torch.einsum("bhts,sbhtd->bhtd", p[..., keys:], depth_v)
     return out, z.logsumexp(-1)
 
 
@@ -105,6 +105,8 @@ def cases() -> Iterator[dict[str, Any]]:
             yield base | low | dict(s=s, dtype="fp16")
         yield base | low | dict(t=1)
         yield base | low | dict(causal=False, b=2)
+        for queries, keys in ((1, 6), (3, 7)):  # as with a KV cache
+            yield base | low | dict(t=queries, keys=keys)
         for layout in LAYOUTS[1:]:
             yield base | low | dict(layout=layout, d=24, b=2, t=3)
     # Slots that differ in their strides: the table's per-slot strides, several fills.
@@ -136,7 +138,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
     layout = case["layout"]
     q = strided((b, hq, t, d), layout, dtype, draw)
-    k, v = (strided((b, hk, t, d), layout, dtype, draw) for _ in range(2))
+    sequence = (b, hk, case.get("keys", t), d)
+    k, v = (strided(sequence, layout, dtype, draw) for _ in range(2))
     if "shift" in case:  # moves every score of a query by about the same amount
         q = q + 8.0
         k = k + case["shift"] / (8.0 * d * scale)
