@@ -14,6 +14,7 @@ a first step that compiles a dozen candidates per layer costs more than it gains
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,3 +71,107 @@ def _one_token(head_dim: int, group: int, dtype: torch.dtype) -> Tile:
 def _stages(capability: tuple[int, int]) -> int:
     # Asynchronous copies into shared memory (compute capability 8.0) let loads run ahead.
     return 2 if capability >= (8, 0) else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTile:
+    """Of the decode kernel: rows (query heads times query tokens that share a key/value head) and
+    keys a step; warps, stages: launch options.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeTile:
+    """Of the kernel that joins the splits: splits and depth slots a step; warps: launch option."""
+
+    splits: int
+    slots: int
+    warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """count splits of the keys, each of `keys` keys (but for the last), a multiple of the tile's.
+
+    The numbers are symbolic where the shapes are.
+    """
+
+    count: Any
+    keys: Any
+
+
+def decode_tile(
+    *, head_dim: int, rows: Any, dtype: torch.dtype, capability: tuple[int, int]
+) -> DecodeTile:
+    """Tile of the decode kernel.
+
+    What decides is how many bytes of K and V are on their way to an SM at a time: about 40 KiB hide
+    the memory's latency on an H100. Rows beyond one tile go to programs of their own, which read
+    the same keys at about the same time, from L2.
+
+    Args:
+        head_dim: d. rows: query heads per key/value head, times query tokens; may be symbolic.
+        dtype: of q, k, v. capability: as for `forward_tile`.
+    """
+    width = padded(head_dim)
+    known = rows if type(rows) is int else _DECODE_ROWS
+    stages = 3 if capability >= (8, 0) else 1  # without asynchronous copies loads don't run ahead
+    if dtype == torch.float32:
+        # Products without tensor cores are unrolled: the tile's three sides bound the code's size.
+        keys, warps = (32, 4) if width <= 128 else (16, 8)
+        return DecodeTile(rows=16, keys=keys, warps=warps, stages=min(stages, 2))
+    most = _DECODE_ROWS if width <= 128 else _DECODE_ROWS // 2
+    tile_rows = min(most, padded(known))
+    warps = 8 if tile_rows * width > 64 * 64 else 4
+    keys = 64 if width <= 128 else 32
+    # Beside a large tile of rows, two stages fit twice into an SM of 228 KiB of shared memory, and
+    # once into one of 100 KiB.
+    return DecodeTile(
+        rows=tile_rows, keys=keys, warps=warps, stages=stages if warps == 4 else min(stages, 2)
+    )
+
+
+_DECODE_ROWS = 64
+_PROGRAMS_PER_SM = 4
+
+
+def decode_splits(*, pairs: Any, keys: Any, tile_keys: int, multiprocessors: int) -> Splits:
+    """How many programs share the keys of one (batch, key/value head): enough to fill the GPU.
+
+    A plain function of shapes, also of symbolic ones, on which it puts no guard: a captured CUDA
+    graph and a traced one replay what was decided here. Every split has at least one step's keys,
+    and there is at least one, of no keys if there are none.
+
+    Args:
+        pairs: batches times key/value heads times tiles of rows. keys: Tk.
+        tile_keys: keys a step. multiprocessors: of the GPU.
+    """
+    wanted = torch.sym_max(1, _PROGRAMS_PER_SM * multiprocessors // pairs)
+    return equal_splits(count=wanted, keys=keys, tile_keys=tile_keys)
+
+
+def equal_splits(*, count: Any, keys: Any, tile_keys: int) -> Splits:
+    """At most `count` splits, each of as few whole steps as that takes."""
+    steps = -(-keys // tile_keys)
+    each = torch.sym_max(1, -(-steps // count))
+    return Splits(count=torch.sym_max(1, -(-steps // each)), keys=each * tile_keys)
+
+
+def merge_tile(*, head_dim: int, slots: Any) -> MergeTile:
+    """Tile of the kernel that joins the splits of one row, and the slots of its token.
+
+    A program's loads of one step are all on their way at once, so few large steps: [splits or
+    slots, head_dim] tiles of 32 elements a thread.
+
+    Args:
+        head_dim: d. slots: S; may be symbolic.
+    """
+    warps = 4
+    most = max(16, min(64, 32 * 32 * warps // padded(head_dim)))
+    known = slots if type(slots) is int else most
+    return MergeTile(splits=most, slots=min(most, padded(max(1, known))), warps=warps)

@@ -1,0 +1,238 @@
+"""The decode kernels: in Triton's interpreter, traced with fake tensors, and compiled for an H100.
+
+One process runs all interpreted cases (decode_cases.py): the interpreter must be chosen before
+Triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+pytest.importorskip("triton")
+
+from moda_compile.kernels import configs, decode, launch, slot_table  # noqa: E402
+
+SCRIPT = Path(__file__).with_name("decode_cases.py")
+EPS = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+compiled_only = pytest.mark.skipif(launch.EMULATED, reason="the kernels are interpreted")
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict[str, Any]]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_case_ran(lines: list[dict[str, Any]]) -> None:
+    failures = [(x["case"], x["traceback"]) for x in lines if "traceback" in x]
+    assert failures == []
+    assert len(lines) == 138
+
+
+def test_errors_stay_within_eager_plus_rounding(lines: list[dict[str, Any]]) -> None:
+    wrong = []
+    for line in lines:
+        case, result = line["case"], line["result"]
+        for name, error in result.get("error", {}).items():
+            limit = 8 * EPS["fp32"]  # lse: float32 throughout, from whatever inputs
+            if "lse" not in name:
+                # Once more than eager: p is rounded to 16 bits for the product.
+                limit += result["eager"] + (EPS[case["dtype"]] if case["dtype"] != "fp32" else 0)
+            if not error <= limit:  # NaN is not <= anything
+                wrong.append((name, error, limit, case))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("check", ["twice", "nan", "unread"])
+def test_holds(lines: list[dict[str, Any]], check: str) -> None:
+    """The same bits twice; NaN where the definition has it; what is hidden is never read."""
+    checked = [x for x in lines if x["case"]["check"] == check]
+    assert checked
+    assert [x["case"] for x in checked if not x["result"]["holds"]] == []
+
+
+def test_layout_and_dtypes(lines: list[dict[str, Any]]) -> None:
+    names = {"fp32": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}
+    for line in lines:
+        assert line["result"]["token_major"]
+        assert line["result"]["dtypes"] == [names[line["case"]["dtype"]], "torch.float32"]
+
+
+def test_splits_cover_every_key_once_and_fill_the_gpu() -> None:
+    for pairs in (1, 3, 8, 24, 192, 1024):
+        for keys in (0, 1, 63, 64, 65, 2048, 16384, 10**6):
+            parts = configs.decode_splits(pairs=pairs, keys=keys, tile_keys=64, multiprocessors=132)
+            assert parts.count >= 1
+            assert parts.keys % 64 == 0
+            assert parts.count * parts.keys >= keys
+            assert (parts.count - 1) * parts.keys < max(keys, 1)  # none is empty
+            assert parts.count == 1 or pairs * parts.count <= 4 * 132
+            if keys >= 16384 and pairs <= 4 * 132:
+                assert pairs * parts.count >= 250
+
+
+def test_tiles_fit_a_tensor_core_and_the_shared_memory() -> None:
+    for head_dim in (1, 16, 24, 64, 80, 128, 192, 256):
+        for rows in (1, 3, 16, 17, 48, 128, 512):
+            for dtype in (BF16, FP16, FP32):
+                for capability in ((0, 0), (7, 5), (8, 6), (9, 0)):
+                    tile = configs.decode_tile(
+                        head_dim=head_dim, rows=rows, dtype=dtype, capability=capability
+                    )
+                    assert tile.rows >= 16
+                    assert tile.keys >= 16
+                    width = configs.padded(head_dim) * dtype.itemsize
+                    assert (2 * tile.keys * tile.stages + tile.rows) * width <= 114 * 1024
+
+
+# What is traced is what Inductor sees.
+
+B, HQ, HK, D, S = 2, 6, 2, 64, 3
+
+
+def trace(
+    queries: int, slots: int, *, symbolic: bool, masked: torch.dtype | None = None
+) -> tuple[GraphModule, list[Tensor]]:
+    """The graph, with 40 keys, and its (fake) results."""
+    shape_env = ShapeEnv()
+    keys: Any = 40
+    if symbolic:
+        symbol = shape_env.create_symbol(keys, ConstantSource("keys"), DimDynamic.DYNAMIC)
+        keys = shape_env.create_symintnode(symbol, hint=keys)
+    with FakeTensorMode(shape_env=shape_env):
+        q = torch.empty(B, queries, HQ, D, device="cuda", dtype=BF16).transpose(1, 2)
+        k, v = (torch.empty(B, HK, keys, D, device="cuda", dtype=BF16) for _ in range(2))
+        depth = [torch.empty(slots, B, HK, queries, D, device="cuda", dtype=BF16)] * 2
+        masks = []
+        if masked is not None:
+            masks = [torch.empty(B, 1, queries, keys, device="cuda", dtype=masked)]
+
+        def call(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            stacked = slot_table.stacked(rest[0], rest[1]) if slots else None
+            mask = rest[2] if len(rest) > 2 else None
+            return decode.run(q, k, v, stacked, is_causal=mask is None, scale=0.125, mask=mask)
+
+        inputs = (q, k, v, *depth, *masks)
+        graph = make_fx(call)(*inputs)
+        assert not shape_env.guards  # any number of keys replays it
+        return graph, list(call(*inputs))
+
+
+@compiled_only
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("slots", [0, S])
+@pytest.mark.parametrize("masked", [None, torch.bool, FP32], ids=str)
+def test_traces_with_fake_cuda_tensors(
+    queries: int, slots: int, masked: torch.dtype | None, symbolic: bool
+) -> None:
+    graph, (out, lse) = trace(queries, slots, symbolic=symbolic, masked=masked)
+    nodes = [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+    first, second = (node.kwargs for node in nodes)
+    assert (out.shape, out.dtype) == ((B, HQ, queries, D), BF16)
+    assert out.transpose(1, 2).is_contiguous()
+    assert (lse.shape, lse.dtype) == ((B, HQ, queries), FP32)
+    assert isinstance(first["kwargs"]["keys"], Node) == symbolic
+    assert isinstance(first["grid"][0][0], Node) == symbolic
+    assert isinstance(second["kwargs"]["splits"], Node) == symbolic
+    assert second["grid"][0][0] == B * HQ * queries
+
+
+# Without a GPU the compiler still says whether it takes a kernel, and with what resources.
+
+POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.bool: "*i1", torch.float64: "*fp64"}
+
+
+def compile_for_h100(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **options: int
+) -> Any:
+    """The compiled kernel; every number but scale an int32, rows on 16-byte boundaries."""
+    compiler = pytest.importorskip("triton.compiler")
+    backends = pytest.importorskip("triton.backends.compiler")
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        signature[name] = pointers.get(name, "fp32" if name == "scale" else "i32")
+        signature[name] = "constexpr" if name in constants else signature[name]
+        row_stride = "stride" in name and not name.startswith(("mask", "lse"))
+        if name not in constants and (name in pointers or row_stride):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
+    target = backends.GPUTarget("cuda", 90, 32)
+    return compiler.compile(source, target=target, options=options)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "rows", "masked", "shared", "causal"),
+    [
+        (BF16, 64, 3, torch.bool, True, False),
+        (BF16, 80, 1, None, True, True),
+        (FP16, 128, 40, FP32, False, False),
+        (BF16, 256, 128, None, True, True),
+        (FP32, 64, 8, torch.float64, False, False),
+    ],
+    ids=str,
+)
+def test_split_kernel_compiles_for_an_h100(
+    dtype: torch.dtype, head_dim: int, rows: int, masked: Any, shared: bool, causal: bool
+) -> None:
+    tile = configs.decode_tile(head_dim=head_dim, rows=rows, dtype=dtype, capability=(9, 0))
+    own = POINTERS[dtype]
+    pointers = dict(query=own, key=own, value=own, mask=POINTERS.get(masked, own))
+    pointers["partial"] = "*fp32"
+    constants: dict[str, Any] = dict(
+        GROUP=rows, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), WIDTH=head_dim,
+        ROWS=tile.rows, KEYS=tile.keys, CAUSAL=causal, SHARED_MASK=shared, EMULATED=False,
+        MASK=0 if masked is None else 1 if masked == torch.bool else 2,
+        ALIGN=16, KEY_ALIGN=16, VALUE_ALIGN=16,
+    )  # fmt: skip
+    made = compile_for_h100(
+        decode.decode_split_kernel, pointers, constants, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    assert made.metadata.shared <= 114 * 1024  # two programs an SM
+    if dtype != FP32:  # K and V run ahead, also where a mask says which of their rows are read
+        assert made.asm["ttgir"].count("ttg.async_copy_global_to_local") >= 4
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "slots", "table", "uniform"),
+    [(BF16, 64, 30, True, True), (FP16, 256, 64, True, False), (FP32, 80, 5, False, True)],
+    ids=str,
+)
+@pytest.mark.parametrize("has_slots", [True, False])
+def test_merge_kernel_compiles_for_an_h100(
+    dtype: torch.dtype, head_dim: int, slots: int, table: bool, uniform: bool, has_slots: bool
+) -> None:
+    tile = configs.merge_tile(head_dim=head_dim, slots=slots)
+    pointers = dict.fromkeys(("query", "out", "key", "value"), POINTERS[dtype])
+    pointers |= dict.fromkeys(("partial", "lse"), "*fp32")
+    pointers["table"] = "*i64" if table else POINTERS[dtype]
+    constants: dict[str, Any] = dict(
+        GROUP=3, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), WIDTH=head_dim,
+        SPLITS=tile.splits, SLOTS=tile.slots, HAS_SLOTS=has_slots, COLUMNS=8, TABLE=table,
+        UNIFORM=uniform, ALIGN=16, SLOT_ALIGN=16,
+    )  # fmt: skip
+    made = compile_for_h100(decode.decode_merge_kernel, pointers, constants, num_warps=tile.warps)
+    assert made.metadata.shared <= 16 * 1024
