@@ -31,6 +31,20 @@ def is_tensor(node: Any) -> bool:
     return isinstance(value(node), Tensor)
 
 
+def hint(size: Any) -> Any:
+    """A symbolic size's value here, or a shape's: comparing symbols would tie the graph to them."""
+    if isinstance(size, torch.Size):
+        return torch.Size([hint(s) for s in size])
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def equal(x: Any, y: Any) -> bool:
+    """Whether two sizes are equal; symbolic ones that merely agree now are compared, which guards
+    on it.
+    """
+    return bool(hint(x) == hint(y)) and bool(x == y)
+
+
 def name_of(node: Node) -> str:
     """The operation's bare name: ``"transpose"`` for a method, a function or an overload alike."""
     if isinstance(node.target, str):

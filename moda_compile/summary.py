@@ -58,7 +58,7 @@ def _sizes(plan: Plan, number: int) -> dict[str, int]:
     """The symbols' values for one stack."""
     members = plan.stacks[number].members
     first = plan.attentions[members[0]]
-    query, key = fx.value(first.query), fx.value(first.key)
+    query, key = fx.value(first.query), fx.value(first.slot_key)
     dtype = fx.value(first.node).dtype
     batch, kv_heads, length, head_dim = (int(n) for n in key.shape)
     ffn = next((s.ffn for s in plan.slots if s.ffn is not None and s.stack == number), None)

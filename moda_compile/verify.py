@@ -65,7 +65,11 @@ def _check_reader(node: Node, written: list[tuple[Node, Node]], planned: int) ->
         _require(node, fx.value(first).shape == fx.value(third).shape, "out is not like query")
         _agree(node, third, [*keys, *values])
     else:
-        _agree(node, first, [second, third, *keys, *values])
+        _agree(node, first, [*keys, *values])
+        q, k, v = (fx.value(x) for x in (first, second, third))
+        whole = k.shape == v.shape and (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3])
+        whole = whole and k.dtype == v.dtype == q.dtype and q.shape[1] % k.shape[1] == 0
+        _require(node, whole, f"{first} over {second} {tuple(k.shape)}, {third} {tuple(v.shape)}")
 
 
 def _name(node: Node) -> str:
@@ -73,10 +77,10 @@ def _name(node: Node) -> str:
 
 
 def _agree(node: Node, query: Node, tensors: list[Node]) -> None:
-    q, k = fx.value(query), fx.value(tensors[0])
-    _require(node, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} heads over {k.shape[1]}")
+    q = fx.value(query)
     for tensor in tensors:
-        x = fx.value(tensor)
+        x, k = fx.value(tensor), fx.value(tensors[0])
+        _require(node, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} heads over {k.shape[1]}")
         same = x.shape == k.shape and (x.shape[0], *x.shape[2:]) == (q.shape[0], *q.shape[2:])
         _require(node, same and x.dtype == q.dtype, f"{tensor} is {tuple(x.shape)} {x.dtype}")
     out = fx.value(node)[0]

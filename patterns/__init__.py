@@ -16,8 +16,8 @@ from moda_compile.patterns.row import Attention, LeftAlone, Pattern, Refused, St
 PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         name="sdpa",
-        accepts="F.scaled_dot_product_attention over one token sequence, with any mask.",
-        refuses="Dropout in training, values wider than keys, cross-attention, KV caches.",
+        accepts="F.scaled_dot_product_attention with any mask, over a KV cache or without one.",
+        refuses="Dropout in training, values wider than keys, a scale that is a tensor.",
         match=sdpa.match,
     ),
     Pattern(

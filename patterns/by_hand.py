@@ -113,7 +113,8 @@ def _attention(product: products.Product, weights: Node) -> Attention:
             for origins, target in ((of.query, to.query), (of.key, to.key), (of.value, to.value))
         )
         terms = [(to.masked(gm, t.node, t.layout, like=node), t) for t in scores.terms]
-        meaning = _combined(gm, terms, fx.value(query_).shape[2], node)
+        lengths = fx.value(query_).shape[2], fx.value(key_).shape[2]
+        meaning = _combined(gm, terms, lengths, node)
     return Attention(
         node=node,
         pattern="by hand",
@@ -213,16 +214,17 @@ def _reads_shape(user: Node) -> bool:
 
 
 def _combined(
-    gm: GraphModule, terms: list[tuple[Node, Term]], length: Any, at: Node
+    gm: GraphModule, terms: list[tuple[Node, Term]], lengths: tuple[Any, Any], at: Node
 ) -> masks.Meaning:
-    """All the masks as one: causal, none at all, or a node."""
+    """All the masks, for lengths (Tq, Tk), as one: causal, none at all, or a node."""
+    queries, keys = lengths
     kept: list[tuple[Node, masks.Meaning]] = []
     for mask, term in terms:
         if term.kind == HIDDEN:
             mask = fx.insert(gm, torch.logical_not, (mask,), like=at)
         elif term.kind == BIAS and term.factor != 1.0:
             mask = fx.insert(gm, torch.mul, (mask, term.factor), like=at)
-        kept.append((mask, masks.classify(mask, length=length, at=at)))
+        kept.append((mask, masks.classify(mask, queries=queries, keys=keys, at=at)))
     limits = [m.max_length for _, m in kept if m.max_length is not None]
     general = [mask for mask, m in kept if m.mask is not None]
     if not general:

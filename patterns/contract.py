@@ -33,6 +33,7 @@ def broken(attention: object, node: Node, name: str) -> str | None:
         or _scores(attention)
         or _mask(attention)
         or _sequence(attention)
+        or _own(attention)
         or _result(attention)
     )
 
@@ -103,6 +104,19 @@ def _sequence(a: Attention) -> str | None:
     return None
 
 
+def _own(a: Attention) -> str | None:
+    q, k = _shape(a.query), _shape(a.key)
+    for what, x in (("own_key", a.own_key), ("own_value", a.own_value)):
+        if (a.own_key is None) != (a.own_value is None):
+            return "it has one of own_key and own_value, expected both or none"
+        wrong = None if x is None else _tensor(what, x, a.node)
+        if x is not None and wrong is None and _shape(x) != [k[0], k[1], q[2], k[3]]:
+            wrong = f"{what} has shape {tuple(_shape(x))}, expected [B, Hk, Tq, d]"
+        if wrong is not None:
+            return wrong
+    return None
+
+
 def _result(a: Attention) -> str | None:
     """Whether the steps of ``restore`` lead from [B, Hq, T, d] to what ``node`` yields."""
     if not isinstance(fx.value(a.node), Tensor):
@@ -115,8 +129,8 @@ def _result(a: Attention) -> str | None:
             shape = _replayed(a).shape
         except Exception as error:
             return f"restore can't be applied to [B, Hq, T, d]: {type(error).__name__}: {error}"
-    if [_hint(s) for s in shape] != expected:
-        got = tuple(_hint(s) for s in shape)
+    if [fx.hint(s) for s in shape] != expected:
+        got = tuple(fx.hint(s) for s in shape)
         return f"restore leads from [B, Hq, T, d] to {got}, but node yields {tuple(expected)}"
     return None
 
@@ -146,9 +160,4 @@ def _tensor(what: str, x: Any, node: Node) -> str | None:
 
 
 def _shape(node: Node) -> list[Any]:
-    return [_hint(s) for s in fx.value(node).shape]
-
-
-def _hint(size: Any) -> Any:
-    """A symbolic size's value here: comparing the symbol would tie the graph to it."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    return [fx.hint(s) for s in fx.value(node).shape]

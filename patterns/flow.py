@@ -40,7 +40,7 @@ def bits(node: Node) -> int:
     todo = [node]
     while todo:
         current = todo[-1]
-        ahead = [n for n in current.all_input_nodes if n not in _known]
+        ahead = [n for n in _read_by(current) if n not in _known]
         if ahead and current not in _known:
             todo += ahead
         else:
@@ -54,7 +54,8 @@ def is_attention_product(node: Node) -> bool:
     """Whether ``node`` is a product of two activations."""
     if not products.is_product(node):
         return False
-    factors = [bits(x) for x in products.operands(node)]
+    bits(node)
+    factors = [_seen(x, node) for x in products.operands(node)]
     return sum(map(_activation, factors)) >= 2 and not any(map(_weight, factors))
 
 
@@ -77,6 +78,20 @@ def _weight(x: int) -> bool:
     return bool(x & PARAMETER) and not x & INPUT
 
 
+def _read_by(node: Node) -> list[Node]:
+    """What ``node`` reads: its inputs, and what was written into them in place in front of it."""
+    inputs = node.all_input_nodes
+    return [*inputs, *fx.written_into(inputs, before=node)] if inputs else []
+
+
+def _seen(x: Node, reader: Node) -> int:
+    """The bits of ``x`` at the time that ``reader`` reads it, such as of a cache's buffer."""
+    found = _known[x]
+    for writer in fx.written_into([x], before=reader):
+        found |= _known[writer]
+    return found
+
+
 def _bits(node: Node) -> int:
     result = fx.value(node)
     if not node.op.startswith("call"):
@@ -85,9 +100,10 @@ def _bits(node: Node) -> int:
         if isinstance(result, Tensor) and node.op != "output":
             return FLOATS | INPUT if result.is_floating_point() else INPUT
         return 0
-    if not isinstance(result, (Tensor, tuple, list)) or fx.calls(node, *SHAPE_ONLY):
+    nothing = not isinstance(result, (Tensor, tuple, list)) and not fx.writes(node)
+    if nothing or fx.calls(node, *SHAPE_ONLY):
         return 0
-    of = [_known[x] for x in node.all_input_nodes]
+    of = [_seen(x, node) for x in node.all_input_nodes]
     union = 0
     for x in of:
         union |= x
@@ -96,7 +112,7 @@ def _bits(node: Node) -> int:
 
 def _step(node: Node, of: list[int], union: int) -> int:
     if products.is_product(node):
-        factors = [_known[x] for x in products.operands(node)]
+        factors = [_seen(x, node) for x in products.operands(node)]
         if any(map(_weight, factors)):
             return union if _mixes_scores(node) else union & _KIND
         if sum(map(_activation, factors)) >= 2:

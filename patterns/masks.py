@@ -43,9 +43,9 @@ class Meaning:
     """What is left to do for a mask.
 
     Attributes:
-        is_causal: token t sees the tokens u <= t, shown for every T up to ``max_length``.
+        is_causal: token t sees the tokens u <= t, shown for every Tk up to ``max_length``.
         mask: the mask to apply; ``None`` if ``is_causal``, or if all is visible.
-        max_length: ``None`` if for every T.
+        max_length: ``None`` if for every Tk.
     """
 
     is_causal: bool = False
@@ -58,19 +58,19 @@ _Verdict = tuple[str, int | None]  # one of the three above, and max_length
 _SHOWN: WeakKeyDictionary[Graph, dict[Any, _Verdict]] = WeakKeyDictionary()
 
 
-def classify(mask: Node, *, length: Any, at: Node | None = None) -> Meaning:
+def classify(mask: Node, *, queries: Any, keys: Any, at: Node | None = None) -> Meaning:
     """Tell whether ``mask`` is causal, masks nothing, or neither.
 
     Args:
-        mask: bool (True attends) or additive, broadcastable to [B, Hq, T, T].
-        length: T, an int or a symbolic int.
+        mask: bool (True attends) or additive, broadcastable to [B, Hq, Tq, Tk].
+        queries, keys: Tq and Tk, ints or symbolic ints. The last query is the last key's token.
         at: the node that reads the mask; what is written into the mask behind it does not count.
             By default the graph's last node.
 
-    With a symbolic T one graph serves many lengths, so a mask is also built for other lengths, and
-    the caller must guard T by ``max_length``: a sliding window, for one, is causal as long as T
+    With a symbolic Tk one graph serves many lengths, so a mask is also built for other lengths, and
+    the caller must guard Tk by ``max_length``: a sliding window, for one, is causal as long as Tk
     fits in it. Beyond the guard the graph is traced anew, so it should be far: it is the next
-    power of two of twice the T that the graph came with, and at least 2048, unless the mask would
+    power of two of twice the Tk that the graph came with, and at least 2048, unless the mask would
     have more than 2**26 elements then (with one sequence in the batch, where the batch's size is
     symbolic: 8192 tokens). A mask that stops being causal within 2048 tokens, such as a narrow
     window, is ``mask`` at every length rather than causal for some, so that one graph serves all.
@@ -85,9 +85,9 @@ def classify(mask: Node, *, length: Any, at: Node | None = None) -> Meaning:
         return Meaning(mask=mask)
     parts, written = found
     shown = _SHOWN.setdefault(mask.graph, {})
-    key = (str(length), frozenset(n.name for n in parts) if written else _identity(mask))
+    key = (f"{queries}, {keys}", frozenset(n.name for n in parts) if written else _identity(mask))
     if key not in shown:
-        shown[key] = _verdict(mask, parts, length)
+        shown[key] = _verdict(mask, parts, queries, keys)
     kind, max_length = shown[key]
     if kind == GENERAL:
         return Meaning(mask=mask)
@@ -115,28 +115,40 @@ def number(x: Any) -> float | None:
 # --- which lengths ------------------------------------------------------------------------------
 
 
-def _verdict(mask: Node, parts: list[Node], length: Any) -> _Verdict:
-    if isinstance(length, int):
-        return _kind(mask, parts, {}, length, None), length
-    expression, hint = length.node.expr, length.node.hint
+def _verdict(mask: Node, parts: list[Node], queries: Any, keys: Any) -> _Verdict:
+    if isinstance(keys, int):
+        fixed = isinstance(queries, int)
+        return (_kind(mask, parts, {}, (queries, keys), None) if fixed else GENERAL), keys
+    expression, hint = keys.node.expr, keys.node.hint
     if len(expression.free_symbols) != 1 or hint is None:
         return GENERAL, None
     (symbol,) = expression.free_symbols
+    if isinstance(queries, torch.SymInt) and queries.node.expr.free_symbols != {symbol}:
+        return GENERAL, None
+
+    def at(trial: int) -> dict[Any, int] | None:
+        """The symbol's value for that many keys, of which at least one is older than a query."""
+        solved = sympy.solve(expression - trial, symbol)  # Tk may be an input's length minus 1
+        if len(solved) != 1 or not solved[0].is_Integer:
+            return None
+        found = {symbol: int(solved[0])}
+        return (
+            found if 0 <= found[symbol] and 0 < _concrete(queries, found, None) <= trial else None
+        )
 
     def kind(trial: int) -> str:
-        solved = sympy.solve(expression - trial, symbol)  # T may be an input's length minus 1
-        if len(solved) != 1 or not solved[0].is_Integer:
-            return GENERAL
+        found = at(trial)
         for others in (None, 1):
-            found = {symbol: int(solved[0])}
-            if others is None or trial > hint:
+            if found is not None and (others is None or trial > hint):
                 allowed = _MAX_ELEMENTS if trial <= hint else _MAX_ELEMENTS_AHEAD
                 if _elements(parts, found, others) <= allowed:
-                    return _kind(mask, parts, found, trial, others)
+                    sizes = _concrete(queries, found, others), trial
+                    return _kind(mask, parts, found, sizes, others)
         return GENERAL
 
     first = kind(int(hint))
-    if first == GENERAL or any(kind(trial) != first for trial in (2, 3)):
+    small = [trial for trial in (2, 3, int(hint) - 1) if trial >= 2 and at(trial) is not None]
+    if first == GENERAL or any(kind(trial) != first for trial in small):
         return GENERAL, None
     bound = max(_AHEAD, 2 << (int(hint) - 1).bit_length())
     while bound > hint and _elements(parts, {symbol: bound}, 1) > _MAX_ELEMENTS_AHEAD:
@@ -157,7 +169,11 @@ def _verdict(mask: Node, parts: list[Node], length: Any) -> _Verdict:
 
 
 def _kind(
-    mask: Node, parts: list[Node], sizes: dict[Any, int], length: int, others: int | None
+    mask: Node,
+    parts: list[Node],
+    sizes: dict[Any, int],
+    lengths: tuple[int, int],
+    others: int | None,
 ) -> str:
     if _elements(parts, sizes, others) > _MAX_ELEMENTS:
         return GENERAL
@@ -170,9 +186,10 @@ def _kind(
     visible = built if built.dtype == torch.bool else built == 0
     if bool(visible.all()):
         return FULL
-    if built.dim() < 2 or built.shape[-2:] != (length, length):
+    if built.dim() < 2 or built.shape[-2:] != lengths:
         return GENERAL
-    triangle = torch.ones(length, length, dtype=torch.bool).tril()
+    queries, keys = lengths
+    triangle = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     masked = ~built if built.dtype == torch.bool else built <= LOW
     return CAUSAL if bool(torch.where(triangle, visible, masked).all()) else GENERAL
 

@@ -168,10 +168,8 @@ def _mask(
     if not parts:
         return masks.Meaning()
     mask = _joined(gm, parts, fx.value(query).dtype, like=at)
-    length = fx.value(query).shape[2]
-    if fx.value(key).shape[2] != length:
-        return masks.Meaning(mask=mask)
-    return masks.classify(mask, length=length, at=at)
+    queries, keys = (fx.value(x).shape[2] for x in (query, key))
+    return masks.classify(mask, queries=queries, keys=keys, at=at)
 
 
 def _joined(gm: GraphModule, parts: list[Node], dtype: torch.dtype, like: Node) -> Node:

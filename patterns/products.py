@@ -184,4 +184,4 @@ def _summed(node: Node) -> Product | None:
 
 
 def _hints(node: Node) -> list[int]:
-    return [s.node.hint if hasattr(s, "node") else int(s) for s in fx.value(node).shape]
+    return [int(fx.hint(s)) for s in fx.value(node).shape]

@@ -153,11 +153,13 @@ def trace(result: Node, *, at: Node | None = None) -> Projection:
 
 def _replay(prefix: list[Node]) -> dict[Node, Any]:
     """What true views make of a linear layer's result, on a dense meta tensor in its place."""
-    shape = [_hint(s) for s in fx.value(prefix[0]).shape]
+    shape = [fx.hint(s) for s in fx.value(prefix[0]).shape]
     known: dict[Node, Any] = {prefix[0]: torch.empty(shape, device="meta")}
     memory = known[prefix[0]].untyped_storage()._cdata
     for node in prefix[1:]:
-        args, kwargs = fx.arguments(node, lambda n: known[n] if n in known else _hint(fx.value(n)))
+        args, kwargs = fx.arguments(
+            node, lambda n: known[n] if n in known else fx.hint(fx.value(n))
+        )
         if node.op == "call_method":
             made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
@@ -174,7 +176,7 @@ def _layout(layer: linear.Linear, waist: Any, head_dim: int) -> tuple[str, int, 
 
     ``None`` if ``waist`` is no such view: it does not hold whole heads of whole tokens.
     """
-    batch, length = (_hint(s) for s in fx.value(layer.input).shape[:2])
+    batch, length = (fx.hint(s) for s in fx.value(layer.input).shape[:2])
     features = int(fx.value(layer.node).shape[-1])
     if not isinstance(waist, Tensor) or waist.dim() not in (3, 4):
         return None
@@ -202,7 +204,3 @@ def _layout(layer: linear.Linear, waist: Any, head_dim: int) -> tuple[str, int, 
     by_head = features % head_stride == 0 and sizes["h"] * head_stride == features
     cut = by_head and offset + head_dim <= head_stride
     return (order, offset, head_stride, sizes["h"]) if head_stride == head_dim or cut else None
-
-
-def _hint(x: Any) -> Any:
-    return int(x.node.hint) if isinstance(x, torch.SymInt) else x

@@ -82,7 +82,8 @@ class Step:
 class Attention:
     """One attention, softmax(scale q k^T + mask) v, as dataflow.
 
-    Queries, keys and values come in one layout, [B, H, T, d]. Where the graph has another, the
+    Queries [B, Hq, Tq, d], keys and values [B, Hk, Tk, d] come in one layout; with a KV cache there
+    are more keys than queries. Where the graph has another, the
     match appends views (:func:`moda_compile.fx.insert`) in front of ``node``; those that nothing
     comes to use are removed again. Whether it is self-attention, and of which stack, is for the
     passes to find out.
@@ -90,17 +91,21 @@ class Attention:
     Attributes:
         node: the node whose result is replaced.
         pattern: name of the row that found it.
-        query: node of the queries [B, Hq, T, d], as its scores use them (normed, rotated).
-        key, value: nodes of [B, Hk, T, d] before any repetition over the query heads of a group.
-        is_causal: whether token t sees tokens u <= t only; otherwise what ``mask`` says, or all.
+        query: node of the queries [B, Hq, Tq, d], as its scores use them (normed, rotated).
+        key, value: nodes of [B, Hk, Tk, d] before any repetition over the query heads of a group.
+        is_causal: whether token t sees tokens u <= t only, the last query being the last key's
+            token; otherwise what ``mask`` says, or all.
         scale: factor of every score; ``None`` means 1 / sqrt(d).
-        mask: node of a mask of the sequence's scores, broadcastable to [B, Hq, T, T]: bool (True
+        mask: node of a mask of the sequence's scores, broadcastable to [B, Hq, Tq, Tk]: bool (True
             attends) or additive. ``None`` with ``is_causal``.
-        max_length: the longest T for which ``is_causal`` was checked; ``None`` if for every T.
-        restore: how ``node``'s result is made from the combined attention's [B, Hq, T, d].
-        sequence: nodes of the sequence part's own output [B, Hq, T, d] and lse [B, Hq, T] (natural
-            logarithm), where the graph computes it by a call that is to stay; depth is then merged
-            into it, and mask and is_causal are that call's own business.
+        max_length: the longest Tk for which ``is_causal`` was checked; ``None`` if for every one.
+        restore: how ``node``'s result is made from the combined attention's [B, Hq, Tq, d].
+        sequence: nodes of the sequence part's own output [B, Hq, Tq, d] and lse [B, Hq, Tq]
+            (natural logarithm), where the graph computes it by a call that is to stay; depth is
+            then merged into it, and mask and is_causal are that call's own business.
+        own_key, own_value: nodes [B, Hk, Tq, d] of what key and value hold of the queries' own
+            tokens, where they hold others as well. A row may leave them ``None``: what is put into
+            a KV cache is found for it (`moda_compile.patterns.cache`).
     """
 
     node: Node
@@ -114,6 +119,18 @@ class Attention:
     max_length: int | None = None
     restore: tuple[Step, ...] = ()
     sequence: tuple[Node, Node] | None = None
+    own_key: Node | None = None
+    own_value: Node | None = None
+
+    @property
+    def slot_key(self) -> Node:
+        """The keys [B, Hk, Tq, d] that a depth slot is made of."""
+        return self.key if self.own_key is None else self.own_key
+
+    @property
+    def slot_value(self) -> Node:
+        """The values [B, Hk, Tq, d] that a depth slot is made of."""
+        return self.value if self.own_value is None else self.own_value
 
 
 @dataclass(frozen=True, kw_only=True)

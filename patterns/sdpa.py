@@ -54,9 +54,13 @@ def match(node: Node) -> Attention | None:
     if given.factor != 1.0:
         head_dim = int(fx.value(given.query).shape[3])
         scale = given.factor * (head_dim**-0.5 if scale is None else scale)
+    queries, keys = (fx.value(x).shape[2] for x in (given.query, given.key))
     meaning = masks.Meaning(is_causal=bool(bound.get("is_causal", False)))
-    if given.mask is not None:
-        meaning = masks.classify(given.mask, length=fx.value(given.query).shape[2], at=node)
+    mask = given.mask
+    if meaning.is_causal and not fx.equal(queries, keys):
+        mask = _upper_left(node, given)
+    if mask is not None:
+        meaning = masks.classify(mask, queries=queries, keys=keys, at=node)
     return Attention(
         node=node,
         pattern="sdpa",
@@ -69,6 +73,20 @@ def match(node: Node) -> Attention | None:
         max_length=meaning.max_length,
         restore=given.restore,
     )
+
+
+def _upper_left(node: Node, given: _Operands) -> Node:
+    """SDPA's is_causal as a mask [Tq, Tk]: its first query is the first key's token."""
+    gm = node.graph.owning_module
+    assert gm is not None
+    with gm.graph.inserting_before(node):
+        shape = [
+            size if isinstance(size := fx.value(x).shape[2], int)
+            else fx.insert(gm, "size", (x, 2), like=node)
+            for x in (given.query, given.key)
+        ]  # fmt: skip
+        full = fx.insert(gm, "new_ones", (given.query, shape), {"dtype": torch.bool}, like=node)
+        return fx.insert(gm, "tril", (full,), like=node)
 
 
 def _check_features(key: Any, value: Any) -> None:

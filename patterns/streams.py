@@ -70,8 +70,8 @@ class Earlier:
     def add(self, attention: Attention) -> None:
         """Count one more among them."""
         self.nodes.add(attention.node)
-        self.keys.add(attention.key)
-        self.values.add(attention.value)
+        self.keys.add(attention.slot_key)
+        self.values.add(attention.slot_value)
 
 
 def check_self_attention(attention: Attention, earlier: Earlier, reached: dict[Node, int]) -> None:
@@ -85,14 +85,15 @@ def check_self_attention(attention: Attention, earlier: Earlier, reached: dict[N
     Raises:
         LeftAlone: for cross-attention, whose keys belong to other tokens, and for attention
             between channels.
-        Refused: for a KV cache, or if the keys' tokens can't be told.
+        Refused: if the keys' tokens can't be told.
     """
     layers = linear.projections(attention.query, earlier.nodes)
     if tokens.over_channels(attention.query, [layer.node for layer in layers]):
         raise LeftAlone("its softmax weighs channels, not tokens, against one another.")
     query = _origin(attention.query, earlier.nodes)
-    queries, keys = (fx.value(x).shape[2] for x in (attention.query, attention.key))
-    for operand, known in ((attention.key, earlier.keys), (attention.value, earlier.values)):
+    slot = attention.slot_key, attention.slot_value
+    queries, keys = (fx.value(x).shape[2] for x in (attention.query, slot[0]))
+    for operand, known in zip(slot, (earlier.keys, earlier.values), strict=True):
         if operand in known and queries == keys:
             continue  # an earlier layer's own, used again
         origin = _origin(operand, earlier.nodes)
@@ -103,15 +104,20 @@ def check_self_attention(attention: Attention, earlier: Earlier, reached: dict[N
             )
         if not query or not origin:
             raise Refused(
-                "queries, keys and values are not all projections of a hidden state: this is "
-                "attention over a cache or over learned vectors. Depth KV belongs to a token.",
-                "leave it out with strict=False; with a KV cache, pass use_cache=False.",
+                "queries, keys and values are not all projections of a hidden state, nor seen to "
+                "hold such: this is attention over learned vectors, or over a cache into which the "
+                "tokens' own keys and values are not put in a way that is understood (cat, "
+                "index_copy_, x[:, :, i] = ...). Depth KV belongs to a token.",
+                "leave it out with strict=False, or put the keys into the cache as they are "
+                "attended to; without a cache (transformers: use_cache=False) nothing is in the "
+                "way.",
             )
     if queries != keys:
         raise Refused(
-            f"{queries} queries over {keys} keys (a KV cache, or pooled keys): depth KV needs one "
-            "key for each query.",
-            "run without a cache (transformers: use_cache=False).",
+            f"{queries} queries over {keys} keys (pooled keys, or a KV cache that changes keys "
+            "behind it): depth KV needs one key for each query.",
+            "put the keys into the cache as they are attended to, or run without one "
+            "(transformers: use_cache=False).",
         )
 
 

@@ -128,7 +128,7 @@ def _output(attention: Attention) -> Layout | None:
 def _on_meta(node: Node) -> Any:
     found = fx.value(node)
     if not isinstance(found, Tensor):
-        return int(found.node.hint) if isinstance(found, torch.SymInt) else found
+        return fx.hint(found)
     return torch.empty(_shape(found), device="meta", dtype=torch.float32)
 
 
@@ -301,4 +301,4 @@ def _whole(name: str, size: int) -> Dimension:
 
 
 def _shape(x: Tensor) -> list[int]:
-    return [int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in x.shape]
+    return [int(fx.hint(s)) for s in x.shape]

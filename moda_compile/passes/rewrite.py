@@ -2,7 +2,7 @@
 
 Why it is safe: every use of an attention's output gets the new output, of the same shape, dtype
 and layout; every slot is written in front of its first reader; and a writer's keys and values are
-the very tensors its own attention uses.
+the very tensors that its own attention uses, or puts into the KV cache that it uses.
 """
 
 from __future__ import annotations
@@ -82,7 +82,14 @@ class _Chain:
         # behind it, and Inductor adds it to the sequence part's gradient for free.
         depth = list(self.keys), list(self.values)
         if slot is not None:
-            self.write(slot, key, value, like=node)
+            if attention.own_key is None:
+                self.write(slot, key, value, like=node)
+            else:  # key and value hold other tokens' as well: a KV cache
+                own_key, own_value = (
+                    fx.insert(self.gm, "to", (x, self.dtype), like=node)
+                    for x in (attention.slot_key, attention.slot_value)
+                )
+                self.write(slot, own_key, own_value, like=node)
         if not replaced:
             return
         assert self.token is not None and len(depth[0]) == self.plan.reads[layer]

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from moda_compile import fx
-from moda_compile.patterns import streams, tokens
+from moda_compile.patterns import cache, streams, tokens
 from moda_compile.patterns.row import Attention, LeftAlone, Refused
 from moda_compile.plan import Bystander, Plan, Stack
 
@@ -35,13 +35,15 @@ def run(gm: GraphModule, plan: Plan) -> None:
     """Fill in ``plan.stacks``; cross-attention goes from the attentions to the bystanders.
 
     Raises:
-        RewriteError: for a KV cache, for attentions that form no stacks, for rearranged tokens.
+        RewriteError: for a KV cache that is not understood, for attentions that form no stacks, for
+            rearranged tokens.
     """
     reached = streams.reach(gm.graph.nodes, plan.attentions)
     earlier = streams.Earlier()
     kept: list[Attention] = []
     bits: list[int] = []
-    for number, attention in enumerate(plan.attentions):
+    for number, found in enumerate(plan.attentions):
+        attention = cache.resolve(gm, found)
         try:
             streams.check_self_attention(attention, earlier, reached)
         except LeftAlone as left:
@@ -64,7 +66,7 @@ def run(gm: GraphModule, plan: Plan) -> None:
 
 
 def _guard(attention: Attention) -> None:
-    length = fx.value(attention.query).shape[2]
+    length = fx.value(attention.key).shape[2]
     if isinstance(length, torch.SymInt) and attention.max_length is not None:
         # Comparing a symbolic length installs a guard: beyond it, the graph is traced anew.
         assert length <= attention.max_length
@@ -129,7 +131,7 @@ def _stacks(plan: Plan, stream: int, members: list[int]) -> list[Stack]:
     groups: list[tuple[tuple[Any, ...], list[int]]] = []
     for number in members:
         attention = plan.attentions[number]
-        key = fx.value(attention.key)
+        key = fx.value(attention.slot_key)
         own = (*key.shape, fx.value(attention.node).dtype, key.device)
         group = next((numbers for kind, numbers in groups if _agree(kind, own)), None)
         if group is None:
@@ -140,10 +142,4 @@ def _stacks(plan: Plan, stream: int, members: list[int]) -> list[Stack]:
 
 
 def _agree(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return all(_equal(x, y) for x, y in zip(one, other, strict=True))
-
-
-def _equal(x: Any, y: Any) -> bool:
-    """Symbolic sizes that merely happen to agree now are compared, which guards on it."""
-    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in (x, y)]
-    return hints[0] == hints[1] and bool(x == y)
+    return all(fx.equal(x, y) for x, y in zip(one, other, strict=True))

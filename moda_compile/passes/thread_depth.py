@@ -52,9 +52,10 @@ def _fill(plan: Plan, number: int, stack: Stack, written_by: dict[int, ffn_patte
     for layer in stack.members[:-1]:
         attention = plan.attentions[layer]
         plan.reads[layer] = count
-        if (attention.key, attention.value) not in produced:
+        made = attention.slot_key, attention.slot_value
+        if made not in produced:
             plan.slots.append(Slot(index=count, layer=layer, stack=number))
-            produced.add((attention.key, attention.value))
+            produced.add(made)
             count += 1
         if layer in written_by:
             plan.slots.append(_ffn_slot(plan, number, count, layer, written_by[layer]))
@@ -113,7 +114,8 @@ def _ffn_slot(plan: Plan, stack: int, index: int, layer: int, ffn: ffn_pattern.F
     attention = plan.attentions[layer]
     try:
         key, value = (
-            projection.trace(x, at=attention.node) for x in (attention.key, attention.value)
+            projection.trace(x, at=attention.node)
+            for x in (attention.slot_key, attention.slot_value)
         )
         expected = fx.value(key.layer.input).shape
         if fx.value(ffn.input).shape != expected:

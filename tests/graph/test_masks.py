@@ -155,7 +155,7 @@ def test_a_mask_given_as_an_argument_is_general() -> None:
     gm = torch.fx.symbolic_trace(Given())
     _, mask, attention, _ = gm.graph.nodes
     mask.meta[fx.VALUE] = torch.ones(T, T, dtype=torch.bool).tril()  # its values may change
-    assert masks.classify(mask, length=T, at=attention).mask is mask
+    assert masks.classify(mask, queries=T, keys=T, at=attention).mask is mask
 
 
 @pytest.mark.parametrize("name", [n for n in CAUSAL if n not in ("batched", "a window as wide")])
