@@ -10,6 +10,7 @@ if not (_root / "kernels").is_dir():  # a checkout keeps kernels/ and patterns/ 
 
 from moda_compile.attention import moda_attention
 from moda_compile.backend import Backend
+from moda_compile.checkpoint import load, saved_config
 from moda_compile.config import MoDAConfig
 from moda_compile.convert import convert, explain, revert
 from moda_compile.errors import InputError, MoDAError, NotRewrittenError, RewriteError
@@ -28,7 +29,9 @@ __all__ = [
     "RewriteError",
     "convert",
     "explain",
+    "load",
     "moda_attention",
     "register_pattern",
     "revert",
+    "saved_config",
 ]

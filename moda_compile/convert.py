@@ -15,7 +15,18 @@ from moda_compile import capture, fx, pipeline
 from moda_compile.backend import Compilation, Compiler
 from moda_compile.config import MoDAConfig
 from moda_compile.errors import InputError, MoDAError, NotRewrittenError, RewriteError
-from moda_compile.markers import KEY_WEIGHT, VALUE_WEIGHT, Hold, Marker, Spec, remove_hooks
+from moda_compile.markers import (
+    CONFIG_KEY,
+    KEY_WEIGHT,
+    VALUE_WEIGHT,
+    Hold,
+    Marker,
+    Saved,
+    Spec,
+    hook_state,
+    remove_hooks,
+    unhook_state,
+)
 from moda_compile.plan import Plan
 from moda_compile.report import AttentionReport, Report
 from moda_compile.summary import summarize
@@ -42,6 +53,10 @@ def convert(
     its methods and the keys of its state_dict stay; ``ffn_kv="projected"`` adds parameters. Build
     the optimizer afterwards. Where the model would run without the rewrite, it raises
     :class:`~moda_compile.errors.NotRewrittenError`.
+
+    The state_dict gains one entry, ``moda_config``, which says how the model was converted: see
+    :func:`moda_compile.load`. A state_dict with another one can't be loaded into it; a plain
+    model's, without any, can, unless the conversion added parameters: they would stay random.
 
     Args:
         model: a transformer whose attentions are ``F.scaled_dot_product_attention``.
@@ -95,6 +110,8 @@ def convert(
                 f"{path or 'the model'} is part of another, converted model, which would lose its "
                 "guards when this one is reverted; revert that one first."
             )
+    if hasattr(model, CONFIG_KEY):
+        raise InputError(f"model: it has an attribute {CONFIG_KEY} already; rename it.")
     conversion = _Conversion(model, config, compilation, strict)
     if example_inputs is not None:
         conversion.attach(args, kwargs)
@@ -105,6 +122,7 @@ def convert(
         )
     else:
         conversion.hold()
+    hook_state(model, Saved(config=config, strict=strict))
     model.__dict__["forward"] = conversion
     return model
 
@@ -122,6 +140,7 @@ def revert(model: Model) -> Model:
     if conversion is None:
         raise InputError("the model is not converted.")
     conversion.detach()
+    unhook_state(model)
     del model.__dict__["forward"]
     if conversion.original is not None:
         model.__dict__["forward"] = conversion.original

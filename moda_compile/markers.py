@@ -7,13 +7,17 @@ another backend, export, a call of an inner module) reaches the operator's kerne
 
 The same operator brings new parameters into the graph as ordinary inputs, which a backend can't
 do, and carries the conversion's options, so that the graph alone says what it shall become.
+
+A state_dict says so too: two more hooks add an entry with the options to it, and look at that entry
+when one is loaded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -21,9 +25,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from moda_compile.config import MoDAConfig
-from moda_compile.errors import NotRewrittenError, RewriteError
+from moda_compile.errors import InputError, NotRewrittenError, RewriteError
 
 KEY_WEIGHT, VALUE_WEIGHT = "moda_key_weight", "moda_value_weight"
+CONFIG_KEY = "moda_config"
+FORMAT = 1  # of that entry: another number is another set of fields, or another meaning of one
+_LONGEST = 1 << 16  # bytes of that entry: ours take about a hundred, and a file may say anything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +58,8 @@ class Spec:
     @classmethod
     def from_json(cls, text: str) -> Spec:
         """Inverse of :meth:`to_json`."""
-        fields = json.loads(text)
-        return cls(**fields | {"config": MoDAConfig(**fields["config"])})
+        found = json.loads(text)
+        return cls(**found | {"config": MoDAConfig(**found["config"])})
 
 
 def spec_of(arguments: Sequence[Any]) -> Spec:
@@ -126,12 +133,150 @@ class Hold:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a state_dict says about the conversion that its weights belong to.
+
+    Attributes:
+        config: the conversion's options.
+        strict: whether every attention had to be rewritten: without, it may be another function.
+    """
+
+    config: MoDAConfig
+    strict: bool
+
+    def to_tensor(self) -> Tensor:
+        """As JSON in a tensor of bytes: the only thing that every format of checkpoint can hold."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+
+    @classmethod
+    def from_tensor(cls, entry: object, name: str = CONFIG_KEY) -> Saved:
+        """Inverse of :meth:`to_tensor`. Nothing of ``entry`` is run; it may come from anywhere.
+
+        Raises:
+            InputError: if it is anything but what :meth:`to_tensor` of this format writes.
+        """
+        if not isinstance(entry, Tensor) or entry.is_meta:
+            raise InputError(f"{name}: got {reprlib.repr(entry)}, expected a tensor of bytes.")
+        if entry.dtype != torch.uint8 or entry.dim() != 1 or entry.numel() > _LONGEST:
+            raise InputError(
+                f"{name}: got {entry.dtype} {list(entry.shape)}, expected the bytes of a JSON text "
+                f"(torch.uint8, one dimension, at most {_LONGEST})."
+            )
+        try:
+            found = json.loads(bytes(entry.tolist()).decode())
+        except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+            raise InputError(f"{name}: its bytes are no JSON text: {error}") from error
+        version = found.get("format") if isinstance(found, dict) else None
+        if type(version) is not int or version != FORMAT:
+            raise InputError(
+                f"{name}: got {reprlib.repr(found)}, expected format {FORMAT}; another version of "
+                "moda_compile may have written it."
+            )
+        _expect_fields(name, found, ("format", "config", "strict"))
+        _expect_fields(f"{name}: config", found["config"], [f.name for f in fields(MoDAConfig)])
+        if type(found["strict"]) is not bool:
+            raise InputError(f"{name}: strict: got {found['strict']!r}, expected true or false.")
+        return cls(config=MoDAConfig(**found["config"]), strict=found["strict"])
+
+
+class WriteConfig:
+    """state_dict hook of a converted model: adds the entry that says how it was converted."""
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved = saved
+
+    def __call__(self, _module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Add the entry."""
+        state[prefix + CONFIG_KEY] = self.saved.to_tensor()
+
+
+class CheckConfig:
+    """load_state_dict pre-hook of a converted model: takes that entry out again, or objects."""
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved = saved
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Compare the entry with the model's own conversion.
+
+        Raises:
+            InputError: if it is another conversion's, or is missing and new weights with it.
+        """
+        key = prefix + CONFIG_KEY
+        if key not in state:
+            # A plain model's weights are how pretrained ones get in, if they are all there is.
+            if self.saved.config.ffn_kv == "projected":
+                _refuse_plain(module, state, prefix)
+            return
+        saved = Saved.from_tensor(state.pop(key), key)  # else load_state_dict finds it unexpected
+        if saved != self.saved:
+            raise InputError(
+                f"{key}: the state_dict is of a model converted with {saved.config}, "
+                f"strict={saved.strict}, this model is converted with {self.saved.config}, "
+                f"strict={self.saved.strict}. Revert it and use moda_compile.load, which converts "
+                f"as the checkpoint says; to load the weights all the same, leave out {key!r}."
+            )
+
+
+def hook_state(model: nn.Module, saved: Saved) -> None:
+    """Have ``model``'s state_dict say how it was converted, and load_state_dict look at that."""
+    model.register_state_dict_post_hook(WriteConfig(saved))
+    model.register_load_state_dict_pre_hook(CheckConfig(saved))
+    # torch.distributed.checkpoint and torch.func.functional_call look for what stands behind a name
+    # in a state_dict. As a buffer it would be broadcast, averaged and cast with the others.
+    model.__dict__[CONFIG_KEY] = saved.to_tensor()
+
+
+def unhook_state(model: nn.Module) -> None:
+    """Undo :func:`hook_state`."""
+    remove_hooks(model, WriteConfig, CheckConfig)
+    model.__dict__.pop(CONFIG_KEY, None)  # a model pickled by an older version has none
+
+
 def remove_hooks(model: nn.Module, *kinds: type) -> None:
     """Remove hooks of these kinds from all modules of ``model``."""
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, kinds)]:
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._state_dict_hooks,
+            module._load_state_dict_pre_hooks,  # torch wraps these, and calls what it wraps `hook`
+        ):
+            found = [k for k, h in hooks.items() if isinstance(getattr(h, "hook", h), kinds)]
+            for key in found:
                 del hooks[key]
+
+
+def _expect_fields(name: str, got: object, expected: Iterable[str]) -> None:
+    if not isinstance(got, dict) or set(got) != set(expected):
+        have = sorted(got) if isinstance(got, dict) else got
+        raise InputError(
+            f"{name}: got {reprlib.repr(have)}, expected the fields {sorted(expected)}."
+        )
+
+
+def _refuse_plain(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Raise InputError if an FFN's own weights are all in ``state``, but not its projection.
+
+    Part of a state_dict, such as an adapter's, is none of our business: strict=True refuses that.
+    """
+    for path, ffn in module.named_modules():
+        if KEY_WEIGHT not in ffn._parameters:
+            continue
+        names = [name for name, _ in ffn.named_parameters()]
+        own = [n for n in names if n.rpartition(".")[2] not in (KEY_WEIGHT, VALUE_WEIGHT)]
+        start = f"{prefix}{path}."
+        new = [start + KEY_WEIGHT, start + VALUE_WEIGHT]
+        if own and all(start + n in state for n in own) and not all(n in state for n in new):
+            raise InputError(
+                f"the state_dict is a plain model's: it holds the weights of {prefix}{path} but "
+                f"neither {prefix}{CONFIG_KEY} nor {' and '.join(new)}, so the projections that "
+                "ffn_kv='projected' adds would stay random. To start from a plain model's weights, "
+                "load them first and convert the model afterwards (moda_compile.revert undoes a "
+                "conversion)."
+            )
 
 
 def _mark_first(output: Any, weights: list[Tensor], text: str) -> tuple[Any, bool]:

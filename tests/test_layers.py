@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("testing",),
     ("__init__",),
+    ("checkpoint",),
     ("convert",),
     ("attention", "backend", "capture", "summary"),
     ("pipeline",),

@@ -73,6 +73,17 @@ def test_signatures() -> None:
         "options": None,
         "dynamic": None,
     }
+    load = inspect.signature(moda_compile.load).parameters
+    assert list(load)[:4] == ["model", "checkpoint", "example_inputs", "backend"]
+    assert {n: p.default for n, p in load.items() if p.default is not p.empty} == {
+        "example_inputs": None,
+        "backend": "inductor",
+        "prefix": "",
+        "mode": None,
+        "options": None,
+        "dynamic": None,
+    }
+    assert list(inspect.signature(moda_compile.saved_config).parameters) == ["checkpoint", "prefix"]
     attention = inspect.signature(moda_compile.moda_attention).parameters
     assert list(attention) == [
         "q", "k", "v", "depth_k", "depth_v", "is_causal", "attn_mask", "scale",

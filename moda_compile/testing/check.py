@@ -26,6 +26,7 @@ Inputs = tuple[Any, ...] | Mapping[str, Any]
 FFNSlotsFactory = Callable[[nn.Module, Mapping[str, Tensor]], FFNSlots]
 
 NEW_PARAMETERS = ("moda_key_weight", "moda_value_weight")
+CONFIG_ENTRY = "moda_config"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +102,10 @@ def check_conversion(
 
     Required: outputs and the gradient of every parameter (also the new ones) equal the float64
     oracle up to the error that the eager oracle makes in the model's own dtype, plus `budget`;
-    converting twice is converting once; class, `state_dict` keys and values stay
-    (`ffn_kv="projected"` adds its own); `moda_compile.explain` lists every attention call; `revert`
-    restores state and outputs bitwise.  The loss is a fixed random projection of the outputs.
-    Calls `torch._dynamo.reset()`.
+    converting twice is converting once; class, `state_dict` keys and values stay (`moda_config`
+    joins them, and under `ffn_kv="projected"` the new parameters); `moda_compile.explain` lists
+    every attention call; `revert` restores state and outputs bitwise.  The loss is a fixed random
+    projection of the outputs.  Calls `torch._dynamo.reset()`.
 
     Args:
         model: eager, unconverted, without dropout; not modified.
@@ -362,7 +363,7 @@ def _check_state(original: nn.Module, converted: nn.Module, config: MoDAConfig) 
     """Class unchanged; old entries bitwise kept; new ones only for "projected", rightly named."""
     _expect("class", type(converted), type(original))
     before, after = original.state_dict(), converted.state_dict()
-    added = [name for name in after if name not in before]
+    added = [name for name in after if name not in before and name != CONFIG_ENTRY]
     if config.ffn_kv == "projected":
         added = [name for name in added if name.rpartition(".")[2] not in NEW_PARAMETERS]
     _expect(f"state_dict keys added under ffn_kv={config.ffn_kv!r}", added, [])

@@ -90,9 +90,9 @@ def run_chunk(
 
     try:
         draw()
-    except Exception as error:  # of the generator itself: the rest of the chunk is lost
-        outcome.failures[headline(error)] += 1
-        outcome.details[headline(error)] = traceback.format_exc()
+    except Exception as broken:  # of the generator itself: the rest of the chunk is lost
+        outcome.failures[headline(broken)] += 1
+        outcome.details[headline(broken)] = traceback.format_exc()
     for name in sorted(first.keys() - known):
         case, error = smaller(*first[name], seconds=shrink)
         message = "".join(traceback.format_exception_only(error))

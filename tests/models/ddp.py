@@ -52,7 +52,8 @@ def work(rank: int, store: str) -> None:
             loss_of(parallel(half)).backward()
             oracle = decoder()
             if ffn_kv == "none":
-                oracle.load_state_dict(alone.state_dict())
+                weights = {n: t for n, t in alone.state_dict().items() if n != "moda_config"}
+                oracle.load_state_dict(weights)
                 want = loss_of(reference(oracle, IDS))
             loss = loss_of(alone(IDS))
             if ffn_kv == "none":

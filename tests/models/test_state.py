@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import moda_compile
-from moda_compile import MoDAConfig, NotRewrittenError
+from moda_compile import InputError, MoDAConfig, NotRewrittenError
 from tests.models.cases import (
     IDS,
     PROJECTED,
@@ -48,7 +48,7 @@ def test_state_dict(mode: Any) -> None:
     expected = [
         f"blocks.{layer}.ffn.moda_{kind}_weight" for layer in (0, 1) for kind in ("key", "value")
     ]
-    assert added == (expected if mode == "projected" else [])
+    assert added == [*(expected if mode == "projected" else []), "moda_config"]
     assert [name for name in state if name in plain] == list(plain)
 
     file = io.BytesIO()
@@ -58,8 +58,9 @@ def test_state_dict(mode: Any) -> None:
     assert not torch.equal(other(IDS), model(IDS))
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(IDS), model(IDS))
-    other.load_state_dict({n: 2 * t for n, t in state.items()}, assign=True)
-    model.load_state_dict({n: 2 * t for n, t in state.items()})
+    twice = {n: t if n == "moda_config" else 2 * t for n, t in state.items()}
+    other.load_state_dict(twice, assign=True)
+    model.load_state_dict(twice)
     assert torch.equal(other(IDS), model(IDS))
 
 
@@ -67,11 +68,11 @@ def test_state_dict_that_does_not_fit() -> None:
     plain = deep().state_dict()
     projected = convert(deep(), PROJECTED)
     before = {n: t.clone() for n, t in projected.state_dict().items()}
-    with pytest.raises(RuntimeError, match="Missing key.*moda_key_weight"):
+    with pytest.raises(InputError, match="plain model's.*moda_key_weight"):
         projected.load_state_dict(plain)
-    with pytest.raises(RuntimeError, match="Unexpected key.*moda_key_weight"):
+    with pytest.raises(InputError, match="ffn_kv='projected'.*ffn_kv='none'"):
         convert(deep()).load_state_dict(before)
-    with pytest.raises(RuntimeError, match="Unexpected key.*moda_key_weight"):
+    with pytest.raises(RuntimeError, match="Unexpected key.*moda_config.*moda_key_weight"):
         deep().load_state_dict(before)
 
 

@@ -45,7 +45,7 @@ def test_adamw(config: MoDAConfig | None, backend: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
     expected = oracle.state()
-    for name, value in model.state_dict().items():
+    for name, value in model.named_parameters():
         # AdamW turns gradients into steps of lr times their sign, where a gradient that is zero
         # but for rounding (1e-16) still counts as about 1e-8 (its eps) of a step: 1e-9 is enough
         # for that, and a step is 1e-3.
