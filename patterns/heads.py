@@ -200,7 +200,8 @@ def arrange(of: Operands) -> Arrangement:
     deep = deepest[0] | deepest[1]
     repeated = [p for p in shared if p not in lone and p not in deep]
     merged = _merged(seen, (of.features, of.channels), small)
-    batch = _batch([tuple(p for p in d if p in deep) for d in rest], merged)
+    shown = [tuple(small(d) for d in layout) for layout in (of.scores, *seen)]
+    batch = _batch([tuple(p for p in d if p in deep) for d in rest], merged, shown)
     batch &= deepest[0] & deepest[1]  # what only one of them repeats are heads
     heads = [p for p in shared if p not in batch]
     if repeated and heads[-len(repeated) - len(lone) :] != [*repeated, *lone]:
@@ -246,7 +247,9 @@ def _merged(
     return found
 
 
-def _batch(rest: list[axes.Dimension], merged: set[axes.Piece]) -> set[axes.Piece]:
+def _batch(
+    rest: list[axes.Dimension], merged: set[axes.Piece], layouts: list[axes.Layout]
+) -> set[axes.Piece]:
     """The pieces that are no heads'."""
     dimensions = [d for d in rest if d]
     every = [p for d in dimensions for p in d]
@@ -254,5 +257,10 @@ def _batch(rest: list[axes.Dimension], merged: set[axes.Piece]) -> set[axes.Piec
         return set(every) - merged
     if len(dimensions) > 1:  # [B, H, ..]
         return {p for d in dimensions[:-1] for p in d}
-    # One dimension: [B * H, ..] if it is known to be made of two, [B, ..] else, with one head.
+    # One dimension: [1, H, ..] if one of size 1 is seen in front of it; [B * H, ..] if it is known
+    # to be made of two; else [B, ..], with one head.
+    for layout in layouts:
+        if every[:1] and len(layout) >= 4 and () in layout:
+            where = next((i for i, d in enumerate(layout) if every[0] in d), 0)
+            return set() if layout.index(()) < where else set(every[:1])
     return set(every[:1])

@@ -120,10 +120,21 @@ def _stages(plan: Plan, members: list[int]) -> list[list[int]]:
         query = fx.value(plan.attentions[number].query)
         size = (query.shape[0], query.shape[2])
         if before is None or not _agree(before, size):
+            if before is not None and _same_tokens(before, size):
+                attention = plan.attentions[number]
+                plan.refuse(attention.node, attention.pattern, _REARRANGED, fatal=True)
             stages.append([])
         stages[-1].append(number)
         before = size
     return stages
+
+
+def _same_tokens(before: tuple[Any, ...], size: tuple[Any, ...]) -> bool:
+    """Whether (B, T) became other numbers of as many tokens, or of sequences as long: then tokens
+    moved between batch and sequence, and a stack was not pooled but cut in two.
+    """
+    (b, t), (other, length) = (tuple(map(fx.hint, x)) for x in (before, size))
+    return bool(t == length or b * t == other * length)
 
 
 def _stacks(plan: Plan, stream: int, members: list[int]) -> list[Stack]:

@@ -324,8 +324,23 @@ def test_keys_without_a_source_are_refused() -> None:
         x = x + parts[0](x)
         return x + parts[1](x, kv=(cache, cache))
 
-    with pytest.raises(RewriteError, match="attention over a cache"):
+    with pytest.raises(RewriteError, match="attention over learned vectors, or over a cache"):
         planned(Model(cached, *attentions(2)), X, cache)
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["cut in two", "joined"])
+def test_tokens_that_move_between_batch_and_sequence_are_refused(joins: bool) -> None:
+    """As many as before, in sequences of another length: not pooled, but cut up."""
+
+    def cut(x: Tensor, *parts: Any) -> Tensor:
+        b, t, d = x.shape
+        shape = (b // 2, 2 * t, d) if joins else (2 * b, t // 2, d)
+        x = x + parts[0](x)
+        return parts[1](x.reshape(shape)).reshape(b, t, d)
+
+    x = torch.randn(2, 2 * LENGTH, WIDTH, dtype=torch.float64)
+    with pytest.raises(RewriteError, match="tokens are rearranged"):
+        planned(Model(cut, *attentions(2)), x)
 
 
 def test_attention_between_channels_is_left_alone() -> None:

@@ -60,7 +60,7 @@ WRITERS = [to_torch, to_safetensors, to_folder, to_shards]
 @pytest.mark.parametrize(
     ("config", "write"),
     [*((PROJECTED, write) for write in WRITERS), *((c, to_torch) for c in CONFIGS)],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_load(config: MoDAConfig, write: Callable[..., Path], tmp_path: Path) -> None:
     state, logits = saved(config)

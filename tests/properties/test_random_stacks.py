@@ -109,10 +109,26 @@ BY_HAND = {"core": ByHand(), "groups": 2, "repeat": "expand_before"}
                 batch=2,
             )
         ),
+        # One sequence in the batch: its heads were taken for the batch in some layers only, which
+        # cut the stack without a word.
+        Case(
+            model=StackConfig(
+                layers=4,
+                kv_heads=2,
+                head_dim=16,
+                projection="grouped",
+                rotary="pairs",
+                repeat="repeat_interleave",
+                core=ByHand(),
+                passes=2,
+                variants=(Variant(), Variant(kv_heads=1, groups=2, head_dim=8)),
+            ),
+            evaluate=True,
+        ),
         # The oracle filled float32's lowest number into bfloat16 scores.
         Case(model=StackConfig(rotary="pairs", core=ByHand(hidden="min")), autocast=True),
     ],
-    ids=["parallel experts", "rotated heads", "autocast"],
+    ids=["parallel experts", "rotated heads", "one sequence", "autocast"],
 )
 def test_what_thousands_have_found(case: Case) -> None:
     case.check()
