@@ -4,6 +4,7 @@
 #   make test         installs everything and runs the whole test suite
 #   make lint         ruff and mypy
 #   make pretrained   converts SmolLM2-135M (a 93 MB download with its weights)
+#   make generate     generates text with it, as it is and converted
 #   make clean        removes .venv and everything built
 #
 # Options: PYTHON=python3.12 chooses the interpreter. VENV= (empty) uses PYTHON's own environment
@@ -38,13 +39,16 @@ endif
 # The checkout comes first, installed or not.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo pretrained test lint typecheck clean
+.PHONY: demo pretrained generate test lint typecheck clean
 
 demo: $(DEMO)
 	$(PY) examples/train_shakespeare.py $(ARGS)
 
 pretrained: $(SMOLLM2)
 	$(PY) examples/convert_pretrained.py $(ARGS)
+
+generate: $(SMOLLM2)
+	$(PY) examples/generate.py $(ARGS)
 
 # One thread per worker: two workers on two cores, and small tensors gain nothing from threads.
 test: $(DEV)

@@ -58,6 +58,18 @@ def test_convert_pretrained():
     assert losses[0][1] != losses[1][1]
 
 
+def test_generate():
+    pytest.importorskip("transformers")
+    out = run_example("generate.py", "--quick", "--device", "cpu", "--prompt", "To be")
+    rows = re.findall(
+        r"^(plain, eager|without depth|with depth) +[\d.]+ tokens/s +([\d.]+) MB", out, re.M
+    )
+    assert [name for name, _ in rows] == ["plain, eager", "without depth", "with depth"]
+    assert len({size for _, size in rows}) == 1  # no depth KV is cached
+    texts = re.findall(r"^--- with(?:out)? depth\n(To be.*?)(?=\n\n---|\Z)", out, re.M | re.S)
+    assert len(texts) == 2 and texts[0].strip() != texts[1].strip()
+
+
 def test_custom_pattern():
     pytest.importorskip("hypothesis")  # the extra `testing`
     out = run_example("custom_pattern.py", "--layers", "3", "--backend", "aot_eager")

@@ -184,6 +184,17 @@ def test_a_cache_holds_what_a_plain_model_caches() -> None:
     assert found.isfinite().all() and (found - expected).abs().max() > 0.1
 
 
+def test_packed_sequences_are_those_run_one_by_one() -> None:
+    """Two sequences in one row, told apart by positions that start anew: neither sees the other."""
+    model, (ids, _) = converted("llama"), prompt(length=15)
+    lengths = [4, 11]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    for part, found in zip(ids.split(lengths, 1), packed.split(lengths, 1), strict=True):
+        torch.testing.assert_close(found, whole(model, part, torch.ones_like(part)), **CLOSE)
+
+
 def test_a_cropped_cache_goes_on_as_if_it_had_never_been_longer() -> None:
     model, (ids, _) = converted("llama"), prompt(length=12)
     cache = new_cache(model, "dynamic")
