@@ -103,7 +103,9 @@ def depth_mass(converted: nn.Module, plain: GPT, tokens: Tensor) -> DepthMass:
     """
     weights = dict(converted.named_parameters())
     slots = _Slots()
-    angles = rotary_angles(tokens.shape[1], plain.config.head_dim, tokens.device)
+    angles = rotary_angles(
+        torch.arange(tokens.shape[1], device=tokens.device), plain.config.head_dim
+    )
     hooks = []
     with torch.no_grad():
         for name, parameter in plain.named_parameters():

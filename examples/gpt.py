@@ -29,10 +29,14 @@ class GPTConfig:
         return self.width // self.num_heads
 
 
-def rotary_angles(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, head_dim / 2] of each position's rotation."""
-    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
-    angle = torch.arange(length, device=device)[:, None] * frequency
+Cache = tuple[Tensor, Tensor]
+"""One layer's keys and values [B, num_kv_heads, longest, head_dim], written in place."""
+
+
+def rotary_angles(position: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, head_dim / 2] of the rotation of each position [T]."""
+    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=position.device) / head_dim)
+    angle = position[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -60,13 +64,27 @@ class Attention(nn.Module):
         """[B, T, H * head_dim] -> [B, H, T, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        position: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a cache x are its tokens at ``position`` [T]."""
         query = rotate(self.split_heads(self.query(x)), cos, sin)
         key = rotate(self.split_heads(self.key(x)), cos, sin)
         value = self.split_heads(self.value(x))
+        seen = None
+        if cache is not None and position is not None:
+            key, value = (
+                held.index_copy_(2, position, new.to(held.dtype))
+                for held, new in zip(cache, (key, value), strict=True)
+            )
+            seen = torch.arange(key.shape[2], device=x.device) <= position[:, None]
         heads = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=self.grouped
+            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=self.grouped
         )
         return self.out(heads.transpose(1, 2).flatten(2))
 
@@ -95,9 +113,16 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.width)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        position: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        x = x + self.attention(self.attention_norm(x), cos, sin, position, cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -115,10 +140,25 @@ class GPT(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] (int64) -> logits [B, T, vocab_size]."""
-        cos, sin = rotary_angles(tokens.shape[1], self.config.head_dim, tokens.device)
+    def caches(self, batch: int, longest: int) -> list[Cache]:
+        """An empty KV cache for each layer, for sequences of up to ``longest`` tokens."""
+        config, like = self.config, self.head.weight
+        shape = (batch, config.num_kv_heads, longest, config.head_dim)
+        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor | None = None,
+        caches: list[Cache] | None = None,
+    ) -> Tensor:
+        """tokens [B, T] (int64) -> logits [B, T, vocab_size].
+
+        With ``caches`` they are the tokens at ``position`` [T], behind those of earlier calls.
+        """
+        where = torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = rotary_angles(where if position is None else position, self.config.head_dim)
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, position, None if caches is None else caches[i])
         return self.head(self.norm(x))

@@ -70,6 +70,13 @@ def test_generate():
     assert len(texts) == 2 and texts[0].strip() != texts[1].strip()
 
 
+def test_kv_cache():
+    out = run_example("kv_cache.py", "--quick", "--device", "cpu", "--ffn-kv", "shared")
+    (difference,) = re.findall(r"logits of any step and of one pass differ by (\S+)", out)
+    assert float(difference) < 2e-5  # as above
+    assert "behind 4 steps of warm-up: 0 graphs compiled" in out
+
+
 def test_custom_pattern():
     pytest.importorskip("hypothesis")  # the extra `testing`
     out = run_example("custom_pattern.py", "--layers", "3", "--backend", "aot_eager")
