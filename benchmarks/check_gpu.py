@@ -45,6 +45,7 @@ class Case:
     accumulator: torch.dtype = FP32
     b: int = 2
     t: int = 257
+    past: int = 0  # keys in front of the queries' own, as with a KV cache
     hk: int = 2
     g: int = 8
     d: int = 64
@@ -55,7 +56,8 @@ class Case:
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
-        shape = f"B{self.b} T{self.t} Hk{self.hk} G{self.g} d{self.d} S{self.s}"
+        past = f"+{self.past}" if self.past else ""
+        shape = f"B{self.b} T{self.t}{past} Hk{self.hk} G{self.g} d{self.d} S{self.s}"
         accumulator = str(self.accumulator).removeprefix("torch.") if self.mode == "list" else "-"
         seen = "" if self.causal else f" {self.mask or 'full'}"
         return f"{self.mode:7} {kind:8} acc {accumulator:8} {shape} {self.layout}{seen}"
@@ -90,6 +92,14 @@ def cases() -> Iterator[Case]:
     for d, g in ((1, 1), (5, 2), (16, 3), (40, 2), (64, 1), (64, 32), (80, 2), (192, 1), (256, 8)):
         yield replace(base, d=d, g=g, t=130)
     yield replace(base, mode="stacked", d=256, g=32, hk=1, t=67, s=5)
+    for sequence in ("cudnn", "flash", "efficient", "math"):  # more keys than queries
+        yield replace(base, sequence=sequence, t=66, past=131, causal=False)
+    for t, past in ((1, 1), (1, 1030), (5, 130), (130, 67)):
+        for mode in ("list", "stacked"):
+            yield replace(base, mode=mode, t=t, past=past)
+        yield replace(base, dtype=FP32, t=t, past=past)
+        yield replace(base, mask="bool", causal=False, t=t, past=past)
+        yield replace(base, mask="alibi + gradient", causal=False, g=2, t=t, past=past)
     # Masks; the first token of every batch entry sees no key at all, but for "alibi" and "padding".
     base = replace(base, causal=False, g=2, s=5)
     learned = "alibi + gradient"
@@ -131,8 +141,8 @@ def tensor(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) ->
 
 def make_mask(case: Case) -> Tensor | None:
     """The case's mask, in the dtype in which models have it."""
-    t, heads = case.t, case.hk * case.g
-    row = torch.arange(t, device=DEVICE)[:, None]
+    t, heads = case.t + case.past, case.hk * case.g
+    row = torch.arange(case.past, t, device=DEVICE)[:, None]
     column = torch.arange(t, device=DEVICE)[None, :]
     batch = torch.arange(case.b, device=DEVICE)[:, None, None, None]
     visible = (column <= row) & (column > batch)
@@ -164,12 +174,12 @@ def oracle(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: one softmax over the sequence's and the slots' scores (section 3)."""
-    group, t = q.shape[1] // k.shape[1], q.shape[2]
+    group, t, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     depth_k, depth_v = depth_k.repeat_interleave(group, 2), depth_v.repeat_interleave(group, 2)
     z_seq = q @ k.mT * scale
     if causal:
-        future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        future = torch.ones(t, keys, dtype=torch.bool, device=q.device).triu(1 + keys - t)
         z_seq = z_seq.masked_fill(future, -math.inf)
     if mask is not None and mask.dtype == torch.bool:
         z_seq = z_seq.masked_fill(~mask, -math.inf)
@@ -179,7 +189,7 @@ def oracle(
     dead = (z == -math.inf).all(-1, keepdim=True)
     z = z.masked_fill(dead, 0.0)
     p = z.softmax(-1).masked_fill(dead, 0.0)
-    out = p[..., :t] @ v + torch.einsum("bhts,sbhtd->bhtd", p[..., t:], depth_v)
+    out = p[..., :keys] @ v + torch.einsum("bhts,sbhtd->bhtd", p[..., keys:], depth_v)
     return out, z.logsumexp(-1).masked_fill(dead.squeeze(-1), -math.inf)
 
 
@@ -204,7 +214,8 @@ def check(case: Case) -> tuple[str, dict[str, float], dict[str, float]]:
         layouts = itertools.cycle(("token_major", "slice", "head_major", "odd_offset", "dim_major"))
     kv = (case.b, case.hk, case.t, case.d)
     q = tensor((case.b, hq, case.t, case.d), case.layout, case.dtype)
-    k, v = (tensor(kv, case.layout, case.dtype) for _ in range(2))
+    sequence = (case.b, case.hk, case.past + case.t, case.d)
+    k, v = (tensor(sequence, case.layout, case.dtype) for _ in range(2))
     depth_k, depth_v = (
         [tensor(kv, next(layouts), case.dtype) for _ in range(case.s)] for _ in range(2)
     )
@@ -216,8 +227,9 @@ def check(case: Case) -> tuple[str, dict[str, float], dict[str, float]]:
     mask = make_mask(case)
     learned = mask is not None and mask.requires_grad
     lowering = choose(
-        device_type="cuda", dtype=case.dtype, head_dim=case.d, tokens=case.t,
-        masked=mask is not None, mask_gradient=learned,
+        device_type="cuda", dtype=case.dtype, head_dim=case.d, tokens=case.past + case.t,
+        masked=mask is not None or (case.causal and case.past > 0 and case.t > 1),
+        mask_gradient=learned,
     )  # fmt: skip
     if case.sequence:
         lowering = Lowering("split", case.sequence, "forced")
