@@ -8,7 +8,7 @@ buffer. Where among the attended keys they lie is of no concern: that is the seq
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from moda_compile.patterns.row import Attention
 
 _KEPT = ("contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "detach")
 _PERMUTED = ("transpose", "permute", "swapaxes", "movedim", "swapdims", "moveaxis")
-_SLICED = ("getitem", "narrow")
 
 # Calls that put something into their first argument, in place or not: where that something is.
 _PUTS: dict[str, tuple[int, str]] = {
@@ -62,30 +61,27 @@ def newest(gm: GraphModule, operand: Node, attention: Attention) -> Node | None:
         A node [B, Hk, Tq, d], or ``None`` if ``operand`` is not seen to hold anything else.
     """
     before = attention.sequence[0] if attention.sequence is not None else attention.node
+    count = fx.value(attention.query).shape[2]
     node = operand
     permuted: list[Node] = []
     tokens = 2  # the dimension of the tokens, in ``node``
     for _ in range(_STEPS):
-        count = fx.value(attention.query).shape[2]
-        put = [x for x in _put_into(node, tokens, before) if _fits(x, node, tokens, count)]
-        if len(put) == 1:
-            own = put[0]
-            if permuted:
-                with gm.graph.inserting_before(attention.node):
-                    for view in reversed(permuted):
-                        own = fx.insert(gm, view.target, (own, *view.args[1:]),
-                                        dict(view.kwargs), like=attention.node)  # fmt: skip
-            return own
+        writers = fx.written_into({node}, before=before)
+        put = [
+            (by, x) for by, x in _put_into(node, tokens, writers) if _fits(x, node, tokens, count)
+        ]
         if put:
-            return None  # which of them?
-        whole = _overwritten(node, before)
+            by, own = put[-1]
+            if len(put) > 1 or any(writer > by for writer in writers):
+                return None  # which of them? Or what was put in was changed in there.
+            return _permuted(gm, own, permuted, attention.node)
+        whole = _overwritten(node, writers)
         if whole is not None:
             node = whole
-        elif fx.calls(node, *_KEPT, *_SLICED):
-            source = fx.argument(node, 0, "input")
-            if not fx.is_tensor(source) or fx.value(source).dim() != fx.value(node).dim():
-                return None
-            node = source
+        elif writers:
+            return None
+        elif fx.calls(node, *_KEPT) or _picks_tokens(node, tokens):
+            node = fx.argument(node, 0, "input")
         elif fx.calls(node, *_PERMUTED):
             source = fx.argument(node, 0, "input")
             moved = _before_permutation(node, source, tokens)
@@ -98,18 +94,32 @@ def newest(gm: GraphModule, operand: Node, attention: Attention) -> Node | None:
     return None
 
 
-def _put_into(node: Node, tokens: int, before: Node) -> Iterator[Node]:
-    """All that is known to have been put into ``node`` or its memory, in front of ``before``."""
+def _permuted(gm: GraphModule, own: Node, views: list[Node], like: Node) -> Node:
+    """``own`` as the views behind the cache, nearest to the attention first, would show it."""
+    with gm.graph.inserting_before(like):
+        for view in reversed(views):
+            own = fx.insert(
+                gm,
+                view.target,
+                (own, *view.args[1:]),
+                dict(view.kwargs),
+                like=like,
+            )
+    return own
+
+
+def _put_into(node: Node, tokens: int, writers: Iterable[Node]) -> Iterator[tuple[Node, Node]]:
+    """All that is known to have been put into ``node``, or its memory, and by which call."""
     if fx.calls(node, "cat", "concat"):
         dim = fx.argument(node, 1, "dim", 0)
         if dim % fx.value(node).dim() == tokens:
-            yield from (x for x in fx.argument(node, 0, "tensors") if isinstance(x, Node))
+            yield from ((node, x) for x in fx.argument(node, 0, "tensors") if fx.is_tensor(x))
         return
     if fx.calls(node, *_PUTS):
-        yield _source(node)
-    for writer in fx.written_into({node}, before=before):
+        yield node, _source(node)
+    for writer in writers:
         if fx.calls(writer, *_PUTS) and isinstance(_source(writer), Node):
-            yield _source(writer)
+            yield writer, _source(writer)
 
 
 def _source(put: Node) -> Any:
@@ -126,13 +136,27 @@ def _fits(x: Node, node: Node, tokens: int, count: Any) -> bool:
     return all(fx.hint(a) == fx.hint(b) for a, b in pairs) and bool(linear.sources(x))
 
 
-def _overwritten(node: Node, before: Node) -> Node | None:
+def _overwritten(node: Node, writers: list[Node]) -> Node | None:
     """What was last copied over all of ``node`` in place, as where a window moves on."""
-    found = None
-    for writer in fx.written_into({node}, before=before):
-        if fx.calls(writer, "copy_") and writer.args[0] is fx.memory(node):
-            found = _source(writer)
-    return found if isinstance(found, Node) else None
+    if writers and fx.calls(writers[-1], "copy_") and writers[-1].args[0] is fx.memory(node):
+        found = _source(writers[-1])
+        return found if isinstance(found, Node) else None
+    return None
+
+
+def _picks_tokens(node: Node, tokens: int) -> bool:
+    """Whether ``node`` is its first argument, but for some of the tokens: x[:, :, -n:]."""
+    if fx.calls(node, "narrow"):
+        return fx.argument(node, 1, "dim") % fx.value(node).dim() == tokens
+    if not fx.calls(node, "getitem") or not fx.is_tensor(node.args[0]):
+        return False
+    rank, index = fx.value(node.args[0]).dim(), node.args[1]
+    parts = list(index) if isinstance(index, (tuple, list)) else [index]
+    if any(part is ... for part in parts):
+        at = next(i for i, part in enumerate(parts) if part is ...)
+        parts[at : at + 1] = [slice(None)] * (rank - len(parts) + 1)
+    kept = all(part == slice(None) for i, part in enumerate(parts) if i != tokens)
+    return kept and fx.value(node).dim() == rank
 
 
 def _before_permutation(node: Node, source: Node, tokens: int) -> int | None:
