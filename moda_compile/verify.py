@@ -66,10 +66,12 @@ def _check_reader(node: Node, written: list[tuple[Node, Node]], planned: int) ->
         _agree(node, third, [*keys, *values])
     else:
         _agree(node, first, [*keys, *values])
-        q, k, v = (fx.value(x) for x in (first, second, third))
-        whole = k.shape == v.shape and (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3])
-        whole = whole and k.dtype == v.dtype == q.dtype and q.shape[1] % k.shape[1] == 0
-        _require(node, whole, f"{first} over {second} {tuple(k.shape)}, {third} {tuple(v.shape)}")
+        q, k = fx.value(first), fx.value(second)
+        _require(node, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} heads over {k.shape[1]}")
+        for tensor in (second, third):  # of Tk tokens, which may be more
+            x = fx.value(tensor)
+            same = x.shape == k.shape and (x.shape[0], x.shape[3]) == (q.shape[0], q.shape[3])
+            _require(node, same and x.dtype == q.dtype, f"{tensor} is {tuple(x.shape)} {x.dtype}")
 
 
 def _name(node: Node) -> str:
