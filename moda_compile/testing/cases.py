@@ -169,5 +169,6 @@ def never_rewritten(
     after = model.state_dict()
     if list(after) != list(state) or not all(torch.equal(after[k], state[k]) for k in state):
         raise AssertionError("the refused model's state has changed")
-    if not torch.equal(model(*inputs), before):
+    # NaN is what some near misses make of a row or column that is masked out.
+    if not torch.allclose(model(*inputs), before, rtol=0.0, atol=0.0, equal_nan=True):
         raise AssertionError("the refused model computes something else")
