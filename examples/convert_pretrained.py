@@ -50,19 +50,24 @@ def weights_file() -> Path:
     return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
 
 
+def tiny_model() -> LlamaForCausalLM:
+    """Random weights, and one token per ASCII character."""
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
 def load(quick: bool) -> tuple[nn.Module, Tensor, Tensor]:
     """The model in float32, and the tokens of the training plays and of the held-out play."""
     train, held_out = TEXT.read_text(encoding="utf-8").split(HELD_OUT)
     if quick:
-        config = LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        model: nn.Module = LlamaForCausalLM(config)
+        model: nn.Module = tiny_model()
         return model, torch.tensor(list(train.encode())), torch.tensor(list(held_out.encode()))
     folder, name = weights_file().parent, weights_file().name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)

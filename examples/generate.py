@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convert_pretrained import weights_file  # first: it sets what transformers reads
+from convert_pretrained import tiny_model, weights_file  # first: it sets what transformers reads
 
 # isort: split
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moda_compile
 
@@ -39,16 +39,8 @@ class Generated:
 def load(quick: bool) -> tuple[Any, Callable[[str], Tensor], Callable[[Tensor], str]]:
     """The model in evaluation, text to token ids [1, T], and ids [T] to text."""
     if quick:
-        config = LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
         torch.manual_seed(0)
-        model: Any = LlamaForCausalLM(config)
+        model: Any = tiny_model()
         model.generation_config.pad_token_id = 0
         return (
             model.eval(),

@@ -55,10 +55,8 @@ def forward(
         out, lse = joint.nothing(q)
     else:
         out, lse = _flash(*_dense(query, k, v), 0.0, is_causal, attn_mask=bias, scale=factor)
-    if (
-        bias is not None and k.shape[2]
-    ):  # ATen gives a row without a visible key out = 0 and lse = 0
-        lse = lse.masked_fill(masks.dead_rows(bias).squeeze(-1), -math.inf)
+        if bias is not None:  # ATen gives a row without a visible key out = 0 and lse = 0
+            lse = lse.masked_fill(masks.dead_rows(bias).squeeze(-1), -math.inf)
     if not depth_k:
         return _token_major(out), lse.contiguous()
     return merge(out, lse, q, depth_k, depth_v, scale=scale)
@@ -132,13 +130,13 @@ def backward(
     query, factor, sign = _positive(q, scale)
     bias = _bias(mask, q)
     grad, sequence_lse = grad_out, lse
-    if bias is not None and k.shape[2]:
-        sequence_lse = lse.masked_fill(lse == -math.inf, math.inf)  # p = exp(-inf - inf) = 0
-        if not depth_k and mask is not None and mask.dtype != torch.bool:
-            grad = masks.normalised(grad_out, bias, lse, k.shape[2])
     if k.shape[2] == 0:
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = joint.no_gradients(q, k, v)
     else:
+        if bias is not None:
+            sequence_lse = lse.masked_fill(lse == -math.inf, math.inf)  # p = exp(-inf - inf) = 0
+            if not depth_k and mask is not None and mask.dtype != torch.bool:
+                grad = masks.normalised(grad_out, bias, lse, k.shape[2])
         dq, dk, dv = _flash_backward(
             grad.contiguous(), *_dense(query, k, v), out, sequence_lse, 0.0, is_causal,
             attn_mask=bias, scale=factor,

@@ -17,6 +17,11 @@ def nothing(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=wide)
 
 
+def no_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of such a sequence part."""
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+
 def sequence_gradients(
     grad_out: Tensor, sequence_out: Tensor, sequence_lse: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:

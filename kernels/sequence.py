@@ -113,7 +113,7 @@ def backward(
     """
     if k.shape[2] == 0:
         no_mask = masks.no_gradient(mask) if mask_gradient else None
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), no_mask
+        return *joint.no_gradients(q, k, v), no_mask
     bias = _bias(name, mask, q)
     if bias is not None:
         lse = lse.masked_fill(lse == -math.inf, math.inf)  # p = exp(z - inf) = 0

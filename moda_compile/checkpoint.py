@@ -188,8 +188,8 @@ def _same(one: object, other: object) -> bool:
         return False
     if one.shape != other.shape or one.dtype != other.dtype or one.is_meta or other.is_meta:
         return False
-    equal = one.cpu() == other.cpu()
-    return bool((equal | (one.cpu() != one.cpu()) & (other.cpu() != other.cpu())).all())  # NaNs
+    one, other = one.cpu(), other.cpu()
+    return bool(((one == other) | (one != one) & (other != other)).all())  # NaNs
 
 
 def _fits(entry: object, tensor: object) -> bool:

@@ -66,24 +66,21 @@ def _check_reader(node: Node, written: list[tuple[Node, Node]], planned: int) ->
         _agree(node, third, [*keys, *values])
     else:
         _agree(node, first, [*keys, *values])
-        q, k = fx.value(first), fx.value(second)
-        _require(node, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} heads over {k.shape[1]}")
-        for tensor in (second, third):  # of Tk tokens, which may be more
-            x = fx.value(tensor)
-            same = x.shape == k.shape and (x.shape[0], x.shape[3]) == (q.shape[0], q.shape[3])
-            _require(node, same and x.dtype == q.dtype, f"{tensor} is {tuple(x.shape)} {x.dtype}")
+        _agree(node, first, [second, third], tokens=False)
 
 
 def _name(node: Node) -> str:
     return str(node.target).removesuffix(".default")
 
 
-def _agree(node: Node, query: Node, tensors: list[Node]) -> None:
+def _agree(node: Node, query: Node, tensors: list[Node], *, tokens: bool = True) -> None:
+    """Check tensors against the query; without ``tokens`` they may be of any number of tokens."""
     q = fx.value(query)
+    dims = (0, 2, 3) if tokens else (0, 3)
     for tensor in tensors:
         x, k = fx.value(tensor), fx.value(tensors[0])
         _require(node, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} heads over {k.shape[1]}")
-        same = x.shape == k.shape and (x.shape[0], *x.shape[2:]) == (q.shape[0], *q.shape[2:])
+        same = x.shape == k.shape and all(x.shape[i] == q.shape[i] for i in dims)
         _require(node, same and x.dtype == q.dtype, f"{tensor} is {tuple(x.shape)} {x.dtype}")
     out = fx.value(node)[0]
     _require(node, out.shape == q.shape and out.dtype == q.dtype, f"yields {tuple(out.shape)}")

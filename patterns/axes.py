@@ -114,7 +114,7 @@ def _divide(x: Any, y: Any) -> Any:
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous",
              "clone", "view_as", "reshape_as", "ravel")  # fmt: skip
-_PERMUTES = ("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT")
+PERMUTES = ("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT")
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
 
@@ -131,11 +131,11 @@ def before(node: Node, layout: Layout) -> tuple[Node, Layout] | None:
     found: Layout | None = None
     if fx.calls(node, *_RESHAPES) or _only_inserts(node):
         found = reshape(layout, shape)
-    elif fx.calls(node, *_PERMUTES) or (
+    elif fx.calls(node, *PERMUTES) or (
         node.target is getattr
         and (node.args[1] == "mT" or (node.args[1] == "T" and len(shape) < 3))
     ):
-        came_from = _permutation(node, len(shape))
+        came_from = permutation(node, len(shape))
         found = tuple(layout[came_from.index(i)] for i in range(len(shape)))
     elif fx.calls(node, *_REPEATS):
         added = len(after) - len(shape)
@@ -160,7 +160,7 @@ def _only_inserts(node: Node) -> bool:
     return all(i is None or i is ... or i == slice(None) for i in index)
 
 
-def _permutation(node: Node, rank: int) -> list[int]:
+def permutation(node: Node, rank: int) -> list[int]:
     """For each dimension of a transposed tensor the one it was: replayed on sizes that tell."""
     numbered = torch.empty([2 + i for i in range(rank)], device="meta")
     if node.op == "call_method":

@@ -12,15 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from moda_compile import fx
-from moda_compile.patterns import linear
+from moda_compile.patterns import axes, linear
 from moda_compile.patterns.row import Attention
 
 _KEPT = ("contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "detach")
-_PERMUTED = ("transpose", "permute", "swapaxes", "movedim", "swapdims", "moveaxis")
 
 # Calls that put something into their first argument, in place or not: where that something is.
 _PUTS: dict[str, tuple[int, str]] = {
@@ -82,13 +80,10 @@ def newest(gm: GraphModule, operand: Node, attention: Attention) -> Node | None:
             return None
         elif fx.calls(node, *_KEPT) or _picks_tokens(node, tokens):
             node = fx.argument(node, 0, "input")
-        elif fx.calls(node, *_PERMUTED):
-            source = fx.argument(node, 0, "input")
-            moved = _before_permutation(node, source, tokens)
-            if moved is None:
-                return None
+        elif fx.calls(node, *axes.PERMUTES):
+            tokens = axes.permutation(node, fx.value(node).dim())[tokens]
             permuted.append(node)
-            node, tokens = source, moved
+            node = fx.argument(node, 0, "input")
         else:
             return None
     return None
@@ -157,12 +152,3 @@ def _picks_tokens(node: Node, tokens: int) -> bool:
         parts[at : at + 1] = [slice(None)] * (rank - len(parts) + 1)
     kept = all(part == slice(None) for i, part in enumerate(parts) if i != tokens)
     return kept and fx.value(node).dim() == rank
-
-
-def _before_permutation(node: Node, source: Node, tokens: int) -> int | None:
-    """Which dimension of ``source`` became dimension ``tokens`` of ``node``."""
-    rank = fx.value(source).dim()
-    numbered = torch.empty([2 + i for i in range(rank)], device="meta")
-    name = fx.name_of(node)
-    made = getattr(numbered, name)(*node.args[1:], **dict(node.kwargs))
-    return int(made.shape[tokens]) - 2 if made.dim() == rank else None

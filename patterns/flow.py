@@ -146,7 +146,7 @@ def _mixes_scores(node: Node) -> bool:
     """Whether this linear layer mixes the heads of scores [.., T, T, H] ("talking heads")."""
     for source in node.all_input_nodes:
         if _known[source] & PRODUCT and fx.is_tensor(source) and fx.value(source).dim() >= 4:
-            shape = [getattr(getattr(s, "node", None), "hint", s) for s in fx.value(source).shape]
+            shape = fx.hint(fx.value(source).shape)
             if shape[-2] == shape[-3]:
                 return True
     return False

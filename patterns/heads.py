@@ -200,7 +200,7 @@ def arrange(of: Operands) -> Arrangement:
     deep = deepest[0] | deepest[1]
     repeated = [p for p in shared if p not in lone and p not in deep]
     merged = _merged(seen, (of.features, of.channels), small)
-    shown = [tuple(small(d) for d in layout) for layout in (of.scores, *seen)]
+    shown = (tuple(small(d) for d in layout) for layout in (of.scores, *seen))
     batch = _batch([tuple(p for p in d if p in deep) for d in rest], merged, shown)
     batch &= deepest[0] & deepest[1]  # what only one of them repeats are heads
     heads = [p for p in shared if p not in batch]
@@ -248,7 +248,7 @@ def _merged(
 
 
 def _batch(
-    rest: list[axes.Dimension], merged: set[axes.Piece], layouts: list[axes.Layout]
+    rest: list[axes.Dimension], merged: set[axes.Piece], layouts: Iterable[axes.Layout]
 ) -> set[axes.Piece]:
     """The pieces that are no heads'."""
     dimensions = [d for d in rest if d]

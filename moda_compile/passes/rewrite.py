@@ -74,22 +74,15 @@ class _Chain:
             return
         node = attention.node
         # Autocast lowers what SDPA computes in, not what a custom operator does.
-        query, key, value = (
-            fx.insert(self.gm, "to", (x, self.dtype), like=node)
-            for x in (attention.query, attention.key, attention.value)
-        )
+        query, key, value = self._cast(attention.query, attention.key, attention.value, like=node)
         # The own slot is written in front of the attention, so in backward the row is taken out
         # behind it, and Inductor adds it to the sequence part's gradient for free.
         depth = list(self.keys), list(self.values)
         if slot is not None:
-            if attention.own_key is None:
-                self.write(slot, key, value, like=node)
-            else:  # key and value hold other tokens' as well: a KV cache
-                own_key, own_value = (
-                    fx.insert(self.gm, "to", (x, self.dtype), like=node)
-                    for x in (attention.slot_key, attention.slot_value)
-                )
-                self.write(slot, own_key, own_value, like=node)
+            own = key, value
+            if attention.own_key is not None:  # key and value are a KV cache, of others' tokens too
+                own = self._cast(attention.slot_key, attention.slot_value, like=node)
+            self.write(slot, *own, like=node)
         if not replaced:
             return
         assert self.token is not None and len(depth[0]) == self.plan.reads[layer]
@@ -115,6 +108,9 @@ class _Chain:
         self.gm.graph.erase_node(node)
         if call is not None and call is not node and not call.users:  # of several results
             self.gm.graph.erase_node(call)
+
+    def _cast(self, *nodes: Node, like: Node) -> Any:
+        return tuple(fx.insert(self.gm, "to", (x, self.dtype), like=like) for x in nodes)
 
     def ffn(self, slot: Slot, weights: Any) -> None:
         """Write an FFN's slot: linear, then the layer's own treatment of its keys.

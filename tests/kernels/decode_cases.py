@@ -7,11 +7,9 @@ hand: TRITON_INTERPRET=1 python tests/kernels/decode_cases.py
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moda_compile.kernels import decode, slot_table, split  # noqa: E402
+from tests.kernels.script import report  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BASE: dict[str, Any] = dict(
@@ -261,29 +260,5 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def poison_new_memory() -> None:
-    """Fill what the kernels allocate with NaN: an element that is never written shows."""
-    original = Tensor.new_empty
-
-    def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        fresh = original(self, *args, **kwargs)
-        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
-
-    Tensor.new_empty = new_empty  # type: ignore[assignment, method-assign]
-
-
-def main() -> None:
-    """Print {"case": ..., "result": ...} or {"case": ..., "traceback": ...} for every case."""
-    torch.set_num_threads(1)
-    poison_new_memory()
-    for case in cases():
-        line: dict[str, Any] = {"case": case}
-        try:
-            line["result"] = run(case)
-        except Exception:
-            line["traceback"] = traceback.format_exc()[-2000:]
-        print(json.dumps(line), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    report(cases(), run)

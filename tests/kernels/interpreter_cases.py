@@ -8,12 +8,10 @@ test_interpreter.py; by hand: TRITON_INTERPRET=1 python tests/kernels/interprete
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor  # noqa: E402
 
 from moda_compile.kernels import sequence as sequence_kernels  # noqa: E402
 from moda_compile.kernels import split  # noqa: E402
+from tests.kernels.script import report  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = ("out", "lse", "dq", "dk", "dv", "d_depth_k", "d_depth_v")
@@ -233,29 +232,5 @@ def through_the_lse(
     return [x.transpose(1, 2).contiguous().transpose(1, 2).to(q.dtype) for x in made]
 
 
-def poison_new_memory() -> None:
-    """Fill what the kernels allocate with NaN: an element that is never written shows."""
-    original: Callable[..., Tensor] = Tensor.new_empty
-
-    def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        fresh = original(self, *args, **kwargs)
-        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
-
-    Tensor.new_empty = new_empty  # type: ignore[assignment, method-assign]
-
-
-def main() -> None:
-    """Print {"case": ..., "result": ...} or {"case": ..., "traceback": ...} for every case."""
-    torch.set_num_threads(1)
-    poison_new_memory()
-    for case in cases():
-        line: dict[str, Any] = {"case": case}
-        try:
-            line["result"] = run(case)
-        except Exception:
-            line["traceback"] = traceback.format_exc()[-2000:]
-        print(json.dumps(line), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    report(cases(), run)
