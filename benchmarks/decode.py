@@ -1,14 +1,15 @@
 """Decoding and prefill speed of a model with a KV cache, as it is and converted, on this machine.
 
     PYTHONPATH=. python benchmarks/decode.py [--models smollm2] [--batches 1,8] [--contexts 2048]
-                                             [--what decode,prefill,op] [--quick]
+                                             [--what decode,prefill,op] [--jobs 8] [--quick]
 
 bfloat16, both sides compiled by Inductor with mode="reduce-overhead". A row is the ratio of two
 medians, of the unconverted model's step time to the converted one's, whose steps were timed in
 turns. "decode" is one step for each batch entry with a cache full to the context; "prefill" a
 first call with that many tokens into an empty cache. "op" compares the decode kernels alone with
 PyTorch's attention over the same keys without depth. Exits with 1 if a row is below its floor or
-could not be run. --quick: tiny sizes, also on a CPU; no floors.
+could not be run. --jobs: rows compiled at a time, each in a process of its own; only one of them is
+timed at a time. --quick: tiny sizes, also on a CPU; no floors.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +46,7 @@ from moda_compile.report import table
 FLOORS = {"decode": 0.95, "prefill": 0.90}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
+turn: AbstractContextManager[Any] = contextlib.nullcontext()  # held while this process is timing
 Cache = list[tuple[Tensor, Tensor]]
 
 
@@ -230,37 +237,81 @@ def compare(
     for step in steps:
         seconds(step, 1)
     compiling = time.perf_counter() - start
-    first, second = medians(steps, budget)
+    with turn:
+        first, second = medians(steps, budget)
     return first * 1e3, second * 1e3, compiling, counters["inductor"]["cudagraph_skips"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    shape: Shape
+    what: str
+    batch: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """Of one call."""
+        return self.batch * (1 if self.what == "decode" else self.context)
+
+
+def measure(
+    row: Row, config: MoDAConfig, budget: float, floors: bool
+) -> tuple[tuple[str, ...], bool]:
+    """The line's cells, and whether it holds."""
+    floor = FLOORS[row.what]
+    label = (row.name, row.what, str(row.batch), str(row.context))
+    try:
+        result = compare(row.shape, row.what, row.batch, row.context, config, budget)
+    except Exception as error:  # one failure must not hide the others
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return (*label, "-", "-", "-", f"{floor}", reason), False
+    first, second, compiling, skipped = result
+    ratio = first / second
+    holds = ratio >= floor or not floors
+    speeds = (f"{row.tokens / x * 1e3:,.0f}" for x in (first, second))
+    verdict = "ok" if holds else "BELOW"
+    verdict += f" ({first:.3f}, {second:.3f} ms; compiling {compiling:.0f} s"
+    verdict += f"; {skipped} graphs not captured)" if skipped else ")"
+    return (*label, *speeds, f"{ratio:.3f}", f"{floor}", verdict), holds
+
+
+def take_turns(lock: AbstractContextManager[Any]) -> None:
+    """Have this process time nothing but with the lock."""
+    global turn
+    turn = lock
 
 
 def model_rows(
     shapes: dict[str, Shape], arguments: argparse.Namespace, config: MoDAConfig
 ) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """A row of the table, and whether it holds, for every model, batch and context."""
-    for name, shape in shapes.items():
-        for what in ("decode", "prefill"):
-            for batch in arguments.batches:
-                for context in arguments.contexts:
-                    tokens = batch * (1 if what == "decode" else context)
-                    if what not in arguments.what or tokens > arguments.prefill_tokens:
-                        continue
-                    label = (name, what, str(batch), str(context))
-                    floor = FLOORS[what]
-                    try:
-                        result = compare(shape, what, batch, context, config, arguments.seconds)
-                    except Exception as error:  # one failure must not hide the others
-                        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                        yield (*label, "-", "-", "-", f"{floor}", reason), False
-                        continue
-                    first, second, compiling, skipped = result
-                    ratio = first / second
-                    holds = arguments.quick or ratio >= floor
-                    speeds = (f"{tokens / x * 1e3:,.0f}" for x in (first, second))
-                    verdict = "ok" if holds else "BELOW"
-                    verdict += f" ({first:.3f}, {second:.3f} ms; compiling {compiling:.0f} s"
-                    verdict += f"; {skipped} graphs not captured)" if skipped else ")"
-                    yield (*label, *speeds, f"{ratio:.3f}", f"{floor}", verdict), holds
+    """A line of the table, and whether it holds, for every model, batch and context."""
+    rows = [
+        Row(name=name, shape=shape, what=what, batch=batch, context=context)
+        for (name, shape), what, batch, context in itertools.product(
+            shapes.items(), ("decode", "prefill"), arguments.batches, arguments.contexts
+        )
+    ]
+    rows = [
+        row for row in rows if row.what in arguments.what and row.tokens <= arguments.prefill_tokens
+    ]
+    others = (config, arguments.seconds, not arguments.quick)
+    if arguments.jobs == 1:
+        yield from (measure(row, *others) for row in rows)
+        return
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        arguments.jobs,
+        spawn,
+        initializer=take_turns,
+        initargs=(spawn.Lock(),),
+        max_tasks_per_child=1,  # what a row leaves in GPU memory goes with its process
+    ) as pool:
+        yield from (x.result() for x in [pool.submit(measure, row, *others) for row in rows])
 
 
 @contextlib.contextmanager
@@ -352,6 +403,7 @@ def parse() -> argparse.Namespace:
         default=2**17,
         help="rows with more tokens a call are left out",
     )
+    parser.add_argument("--jobs", type=int, default=1, help="rows compiled at a time")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no floors, also on a CPU")
     arguments = parser.parse_args()
     arguments.models = arguments.models.split(",")

@@ -34,16 +34,20 @@ __all__ = ["Lowering", "available_sequence_kernels", "choose", "choose_merge"]
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _CUDNN_MAX_HEAD_DIM = 128  # on every GPU it serves
 _MAX_HEAD_DIM = 256  # of the depth kernels and of flash attention
+MAX_DECODE_QUERIES = 16
+"""The most query tokens that `decode` serves. There every 64 rows (tokens times the heads of one
+key head) walk the keys anew, and attention kernels for many queries do better."""
 
 
 @dataclass(frozen=True)
 class Lowering:
     """How one attention call is computed, and why.
 
-    name: "split" (the platform's attention, then a Triton kernel for the depth slots), "plain"
-        (PyTorch operations only) or "cpu". sequence: what computes the sequence part: "cudnn",
-        "flash", "efficient" or "math" on GPUs; "given" where the graph itself does. reason: one
-        sentence for the report.
+    name: "split" (the platform's attention, then a Triton kernel for the depth slots), "decode"
+        (Triton kernels for few queries over many keys), "plain" (PyTorch operations only) or
+        "cpu". sequence: what computes the sequence part: "cudnn", "flash", "efficient" or "math"
+        on GPUs; "triton" of "decode"; "given" where the graph itself does. reason: one sentence
+        for the report.
     """
 
     name: str
@@ -82,6 +86,7 @@ def choose(
     dtype: torch.dtype,
     head_dim: int,
     tokens: int | None = None,
+    queries: int | None = None,
     capability: tuple[int, int] | None = None,
     available: frozenset[str] | None = None,
     masked: bool = False,
@@ -94,6 +99,8 @@ def choose(
         dtype: of q, k, v.
         head_dim: d.
         tokens: Tk, if known.
+        queries: Tq, if known, of a forward pass; a backward pass leaves it out. A symbolic one
+            counts as unknown: it would be bound to one side of `MAX_DECODE_QUERIES`.
         capability: (major, minor) compute capability; by default the current device's.
         available: by default `available_sequence_kernels()`.
         masked: the sequence has a mask, and not the causal one.
@@ -109,7 +116,10 @@ def choose(
     if available is None:
         available = available_sequence_kernels()
     single = tokens is not None and bool(tokens == 1)
-    return _choose(dtype, int(head_dim), single, capability, available, masked)
+    few = False
+    if type(queries) is int and tokens is not None:
+        few = queries <= MAX_DECODE_QUERIES and bool(tokens > queries)
+    return _choose(dtype, int(head_dim), few, single, capability, available, masked)
 
 
 def choose_merge(*, device_type: str, dtype: torch.dtype, head_dim: int) -> Lowering:
@@ -126,6 +136,7 @@ def choose_merge(*, device_type: str, dtype: torch.dtype, head_dim: int) -> Lowe
 def _choose(
     dtype: torch.dtype,
     head_dim: int,
+    few_queries: bool,
     single_token: bool,
     capability: tuple[int, int],
     available: frozenset[str],
@@ -134,6 +145,11 @@ def _choose(
     unserved = _depth_obstacle(dtype, head_dim)
     if unserved is not None:
         return Lowering("plain", "math", unserved)
+    # Measured on 9.0 (benchmarks/results/decode_h100.txt), slots and all: 0.5x to 1.0x the time of
+    # flash attention without them, and a mask costs flash attention its place.
+    if few_queries and (dtype != torch.bfloat16 or capability >= (8, 0)):
+        text = "few queries over many keys: Triton kernels split the keys and join the slots."
+        return Lowering("decode", "triton", text)
     refused: list[str] = []
     # On capability 9.0 and newer cuDNN's kernels are the ones written for the hardware (measured
     # on 9.0, forward + backward: 0.6x the time of flash attention); before, flash attention is.

@@ -29,10 +29,6 @@ from torch import Tensor
 from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.tiles import slot_rows
 
-MAX_QUERIES = 16
-"""The most query tokens for which `run` is meant. More are computed as well, but every 64 rows walk
-the keys anew, and attention kernels for many queries do better."""
-
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 _MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROW_ELEMENTS = 4  # rows of partial results start on 16-byte boundaries
@@ -346,7 +342,8 @@ def run(
     """Joint attention of few query tokens over the keys and the depth slots.
 
     Args:
-        q: queries [B, Hq, Tq, d], Tq up to about `MAX_QUERIES`.
+        q: queries [B, Hq, Tq, d], meant for up to
+            `kernels.MAX_DECODE_QUERIES` tokens.
         k, v: keys and values [B, Hk, Tk, d], any strides, Hq a multiple of Hk; Tk may be 0.
         slots: the depth slots, each [B, Hk, Tq, d] (see `slot_table`), or None.
         is_causal: query token i sees the keys u <= i + Tk - Tq.

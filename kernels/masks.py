@@ -24,6 +24,11 @@ _ABSORBED = -(2.0**100)
 _HIDDEN = -(2.0**110)
 
 
+def is_shifted(q: Tensor, k: Tensor, is_causal: bool) -> bool:
+    """Whether causal attention of Tq queries over Tk keys needs a mask to say so; see `aligned`."""
+    return is_causal and q.shape[2] not in (1, k.shape[2])
+
+
 def aligned(
     q: Tensor, k: Tensor, is_causal: bool, mask: Tensor | None
 ) -> tuple[bool, Tensor | None]:
@@ -33,10 +38,8 @@ def aligned(
     differ in where they put the diagonal if Tq != Tk, so then it becomes a mask [Tq, Tk].
     """
     queries, keys = q.shape[2], k.shape[2]
-    if not is_causal or queries == keys:
-        return is_causal, mask
-    if queries == 1:
-        return False, None
+    if not is_shifted(q, k, is_causal):
+        return is_causal and queries == keys, mask
     seen = torch.ones((queries, keys), dtype=torch.bool, device=q.device)
     return False, seen.tril(keys - queries)
 

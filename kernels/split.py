@@ -2,7 +2,8 @@
 
 Forward: (out_seq, lse_seq) of the fastest attention there is, merged with the depth slots by
 `depth_forward`. Backward: that attention's own backward with the joint out and lse, then
-`depth_backward`. The two parts separate exactly (see `sequence`).
+`depth_backward`. The two parts separate exactly (see `sequence`). The forward of a few queries over
+many keys is `decode`'s alone.
 
 `forward` and `backward` take the slots as separate tensors, and are to be called from an opaque
 operator. The stacked forms take one tensor a side and can be traced (`torch.library.triton_op`).
@@ -21,6 +22,7 @@ from moda_compile.kernels import (
     Lowering,
     choose,
     choose_merge,
+    decode,
     depth_backward,
     depth_forward,
     joint,
@@ -62,12 +64,16 @@ def forward(
         (float64 for float64 inputs). A row without a visible key gives all its weight to the
         slots; without slots its out is 0 and its lse -inf.
     """
-    is_causal, mask = masks.aligned(q, k, is_causal, mask)
-    lowering = lowering or _lowering(q, k, mask)
+    masked = mask is not None or masks.is_shifted(q, k, is_causal)
+    lowering = lowering or _lowering(q, k, masked, queries=q.shape[2])
     if q.numel() == 0:
         return _nothing(q)
-    q = launch.unit_rows(q)
     has_slots = _count(depth_k) > 0
+    if lowering.name == "decode":
+        slots = _slots(depth_k, depth_v) if has_slots else None
+        return decode.run(q, k, v, slots, is_causal=is_causal, scale=scale, mask=mask)
+    is_causal, mask = masks.aligned(q, k, is_causal, mask)
+    q = launch.unit_rows(q)
     if mask is not None and not has_slots:
         mask = masks.absorbed(masks.compact(mask), q.dtype)
     out, lse = sequence.forward(
@@ -245,7 +251,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dmask; fills or adds to grads, the slots' (keys, values)."""
     is_causal, mask = masks.aligned(q, k, is_causal, mask)
-    lowering = lowering or _lowering(q, k, mask, mask_gradient)
+    lowering = lowering or _lowering(q, k, mask is not None, mask_gradient=mask_gradient)
     if q.numel() == 0:
         return _empty(q), _empty(k), _empty(v), masks.no_gradient(mask) if mask_gradient else None
     q, grad_out = launch.unit_rows(q), launch.token_major(grad_out)
@@ -300,16 +306,24 @@ def _slots(depth_k: _Slots, depth_v: _Slots) -> slot_table.Slots:
     return slot_table.table(list(depth_k), list(depth_v))
 
 
-def _lowering(q: Tensor, k: Tensor, mask: Tensor | None, mask_gradient: bool = False) -> Lowering:
-    if not q.is_cuda:  # Triton's interpreter
-        return Lowering("split", "math", "Triton's interpreter: no fused attention on the CPU.")
+def _lowering(
+    q: Tensor,
+    k: Tensor,
+    masked: bool,
+    *,
+    queries: int | None = None,
+    mask_gradient: bool = False,
+) -> Lowering:
+    interpreted = not q.is_cuda  # Triton's interpreter: no fused attention on the CPU
     return choose(
         device_type="cuda",
         dtype=q.dtype,
         head_dim=q.shape[3],
         tokens=k.shape[2],
-        capability=launch.capability(q),
-        masked=mask is not None,
+        queries=queries,
+        capability=(8, 0) if interpreted else launch.capability(q),
+        available=frozenset() if interpreted else None,
+        masked=masked,
         mask_gradient=mask_gradient,
     )
 

@@ -30,5 +30,9 @@ def run(gm: GraphModule, plan: Plan) -> None:
             chosen = kernels.choose_merge(**what)
         else:
             learned = mask is not None and mask.requires_grad
-            chosen = kernels.choose(**what, masked=mask is not None, mask_gradient=learned)
+            lengths = (x.shape[-2] for x in (query, fx.value(attention.key)))
+            queries, keys = (n if type(n) is int else None for n in lengths)
+            chosen = kernels.choose(
+                **what, queries=queries, tokens=keys, masked=mask is not None, mask_gradient=learned
+            )
         plan.lowerings.append((chosen.name, chosen.reason))

@@ -104,7 +104,7 @@ def cases() -> Iterator[dict[str, Any]]:
             yield base | low | dict(s=s, dtype="fp16")
         yield base | low | dict(t=1)
         yield base | low | dict(causal=False, b=2)
-        for queries, keys in ((1, 6), (3, 7)):  # as with a KV cache
+        for queries, keys in ((1, 6), (3, 7), (18, 23)):  # with a KV cache
             yield base | low | dict(t=queries, keys=keys)
         for layout in LAYOUTS[1:]:
             yield base | low | dict(layout=layout, d=24, b=2, t=3)
