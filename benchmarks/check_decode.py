@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moda_compile.kernels import decode, slot_table
 
+SLOTS = ("listed", "table", "stacked")
 LAYOUTS = ("token_major", "head_major", "slice", "odd_offset", "dim_major")
 
 
@@ -40,7 +41,7 @@ class Case:
     keys: int = 515
     d: int = 64
     s: int = 17
-    slots: str = "table"
+    slots: str = "listed"
     causal: bool = False
     mask: str = ""
     layout: str = "token_major"
@@ -57,9 +58,7 @@ class Case:
 def cases() -> Iterator[Case]:
     """Dtypes, head dims, groups, numbers of queries, keys and slots, layouts, masks, splits."""
     base = Case()
-    for dtype, slots, causal in itertools.product(
-        (BF16, FP16, FP32), ("table", "stacked"), (False, True)
-    ):
+    for dtype, slots, causal in itertools.product((BF16, FP16, FP32), SLOTS, (False, True)):
         yield replace(base, dtype=dtype, slots=slots, causal=causal, queries=3)
     for d, dtype in itertools.product((1, 16, 24, 64, 80, 128, 192, 256), (BF16, FP32)):
         yield replace(base, d=d, dtype=dtype)
@@ -68,7 +67,7 @@ def cases() -> Iterator[Case]:
     for d, dtype in itertools.product((128, 256), (BF16, FP32)):
         yield replace(base, g=8, queries=16, d=d, dtype=dtype, mask="alibi")
         yield replace(base, g=8, queries=16, d=d, dtype=dtype, mask="bool")
-    for s, slots in itertools.product((0, 1, 33, 64), ("table", "stacked")):
+    for s, slots in itertools.product((0, 1, 32, 33, 64), SLOTS):
         yield replace(base, s=s, slots=slots)
     for keys, s in itertools.product((0, 1, 63, 64, 65, 5000), (0, 5)):
         yield replace(base, keys=keys, s=s)
@@ -177,7 +176,7 @@ def check(case: Case) -> str:
     if case.slots == "stacked":
         slots = slot_table.stacked(*stacks)
     elif case.s:
-        slots = slot_table.table(depth[: case.s], depth[case.s :])
+        slots = getattr(slot_table, case.slots)(depth[: case.s], depth[case.s :])
     mask = make_mask(case)
     options: dict[str, Any] = dict(is_causal=case.causal, scale=case.d**-0.5, mask=mask)
     with poisoned():
@@ -292,7 +291,7 @@ def check_cuda_graph() -> str:
 
     def step() -> tuple[Tensor, Tensor]:
         mask = (torch.arange(2048, device=DEVICE) <= position)[None, None, None]
-        slots = slot_table.table(depth[:20], depth[20:])
+        slots = slot_table.listed(depth[:20], depth[20:])
         return decode.run(q, k, v, slots, is_causal=False, scale=0.125, mask=mask)
 
     stream = torch.cuda.Stream()

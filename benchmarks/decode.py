@@ -343,7 +343,7 @@ def op_rows(shapes: dict[str, Shape], arguments: argparse.Namespace) -> Iterator
                 ((k, v),) = make_cache(replace(shape, layers=1), batch, context)
                 slots_shape = (2, shape.layers - 1, batch, shape.kv_heads, 1, shape.head_dim)
                 depth = torch.randn(slots_shape, **options)
-                filled = slot_table.table(list(depth[0]), list(depth[1]))
+                filled = slot_table.listed(list(depth[0]), list(depth[1]))
                 mask = (torch.arange(context, device=DEVICE) < context)[None, None, None]
                 half = (torch.arange(context, device=DEVICE) < context // 2)[None, None, None]
                 group = shape.heads // shape.kv_heads

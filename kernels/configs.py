@@ -87,10 +87,9 @@ class DecodeTile:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTile:
-    """Of the kernel that joins the splits: splits and depth slots a step; warps: launch option."""
+    """Of the kernel that joins the parts: parts a step; warps: launch option."""
 
-    splits: int
-    slots: int
+    parts: int
     warps: int
 
 
@@ -162,16 +161,23 @@ def equal_splits(*, count: Any, keys: Any, tile_keys: int) -> Splits:
     return Splits(count=torch.sym_max(1, -(-steps // each)), keys=each * tile_keys)
 
 
-def merge_tile(*, head_dim: int, slots: Any) -> MergeTile:
-    """Tile of the kernel that joins the splits of one row, and the slots of its token.
-
-    A program's loads of one step are all on their way at once, so few large steps: [splits or
-    slots, head_dim] tiles of 32 elements a thread.
+def decode_slots(*, head_dim: int, dtype: torch.dtype) -> int:
+    """Slots that one program of the decode kernel reads at once: all are on their way together.
 
     Args:
-        head_dim: d. slots: S; may be symbolic.
+        head_dim: d. dtype: of q, k, v.
+    """
+    return 16 if dtype == torch.float32 or padded(head_dim) > 128 else 32
+
+
+def merge_tile(*, head_dim: int) -> MergeTile:
+    """Tile of the kernel that joins the parts of one row.
+
+    A program's loads of one step are all on their way at once, so few large steps: [parts,
+    head_dim] tiles of 32 elements a thread.
+
+    Args:
+        head_dim: d.
     """
     warps = 4
-    most = max(16, min(64, 32 * 32 * warps // padded(head_dim)))
-    known = slots if type(slots) is int else most
-    return MergeTile(splits=most, slots=min(most, padded(max(1, known))), warps=warps)
+    return MergeTile(parts=max(16, min(64, 32 * 32 * warps // padded(head_dim))), warps=warps)

@@ -1,17 +1,22 @@
 """Attention of a few query tokens over many keys and the depth slots: decoding with a KV cache.
 
 Two launches. With rows r = (query token, query head) of one (batch, key/value head), and z as in
-the README's equation, the first has one program for each split C of the keys; it writes, unscaled,
+the README's equation, the first has one program for each part C: a split of the keys, or a chunk of
+a token's slots. It writes, unscaled,
 
     m_C[r] = max z[u],   w_C[r] = sum exp(z[u] - m_C),   t_C[r] = sum exp(z[u] - m_C) v[u],  u in C
 
-and the second, a program a row, joins the splits and the row's slots in one online softmax:
+and the second, a program a row, joins them:
 
-    out = sum_C exp(m_C - m) t_C + sum_i exp(z_i - m) v_i, over the same sum of w_C and 1
+    m = max m_C,   out = sum_C exp(m_C - m) t_C / sum_C exp(m_C - m) w_C
 
 m_C and w_C are kept apart, not as one log-sum-exp: beside a maximum of -2^100, which a row of keys
 all masked by huge numbers has (see `masks`), log(w_C) would be lost, and with it how many keys a
 split stands for. No atomics: the same inputs give the same bits.
+
+A step of decoding is a chain of kernels that each take microseconds, so what counts beside the
+traffic is how many wait for one another: the slots are read beside the keys, not behind them, and
+a few slots are passed as addresses, not in a table that a kernel would have to write first.
 """
 
 # The arguments of Triton functions have no Python types.
@@ -57,14 +62,169 @@ def _added(bias):
     return tl.where(huge, -1267650600228229401496703205376.0, bias).to(tl.float32)
 
 
-# What changes with every token must not compile the kernels anew when it becomes a multiple of 16.
-# (A mask's last stride is specialised for: it is 1, and 16 bytes are loaded at once.)
-_GROWING = ["keys", "splits", "entries"]
-_MASK_STRIDES = ["mask_stride_batch", "mask_stride_head", "mask_stride_query"]
+@triton.jit
+def _listed(
+    slot,
+    a0, a1, a2, a3, a4, a5, a6, a7,
+    a8, a9, a10, a11, a12, a13, a14, a15,
+    a16, a17, a18, a19, a20, a21, a22, a23,
+    a24, a25, a26, a27, a28, a29, a30, a31,
+):  # fmt: skip
+    """The address with the number `slot`, for each of a tensor of numbers."""
+    low = _of_eight(slot, a0, a1, a2, a3, a4, a5, a6, a7)
+    second = _of_eight(slot - 8, a8, a9, a10, a11, a12, a13, a14, a15)
+    third = _of_eight(slot - 16, a16, a17, a18, a19, a20, a21, a22, a23)
+    high = _of_eight(slot - 24, a24, a25, a26, a27, a28, a29, a30, a31)
+    return tl.where(slot < 16, tl.where(slot < 8, low, second), tl.where(slot < 24, third, high))
 
 
-@triton.jit(do_not_specialize=_GROWING + _MASK_STRIDES)
-def decode_split_kernel(
+@triton.jit
+def _of_eight(slot, a0, a1, a2, a3, a4, a5, a6, a7):
+    address = tl.where(slot == 1, tl.cast(a1, tl.int64), tl.cast(a0, tl.int64))
+    address = tl.where(slot == 2, tl.cast(a2, tl.int64), address)
+    address = tl.where(slot == 3, tl.cast(a3, tl.int64), address)
+    address = tl.where(slot == 4, tl.cast(a4, tl.int64), address)
+    address = tl.where(slot == 5, tl.cast(a5, tl.int64), address)
+    address = tl.where(slot == 6, tl.cast(a6, tl.int64), address)
+    return tl.where(slot == 7, tl.cast(a7, tl.int64), address)
+
+
+@triton.jit
+def _visible_range(entries, first, last, mask_stride_key, MASK: tl.constexpr, SCAN: tl.constexpr):
+    """(first, last) visible key + 1 of [first, last), and whether the mask is nothing else.
+
+    entries: a row of the mask. What it hides at the ends, a cache's unused places or a padded
+    prompt's start, is then not read, and what it leaves needs no look at the mask again.
+    """
+    lowest = tl.full([SCAN], 2147483647, tl.int32)
+    highest = tl.full([SCAN], -1, tl.int32)
+    free = tl.zeros([SCAN], tl.int32)
+    for start in range(first, last, SCAN):
+        u = start + tl.arange(0, SCAN)
+        live = u < last
+        entry = entries + u.to(tl.int64) * mask_stride_key
+        if MASK == 1:
+            seen = tl.load(entry, mask=live, other=0).to(tl.int1)
+            plain = seen
+        else:
+            bias = tl.load(entry, mask=live, other=float("-inf"))
+            seen = bias != float("-inf")
+            plain = bias == 0.0
+        lowest = tl.minimum(lowest, tl.where(seen, u, 2147483647))
+        highest = tl.maximum(highest, tl.where(seen, u, -1))
+        free += plain.to(tl.int32)
+    begin = tl.minimum(tl.min(lowest, 0), last)  # nothing seen: an empty range
+    end = tl.maximum(tl.max(highest, 0) + 1, begin)
+    return begin, end, tl.sum(free, 0) == end - begin
+
+
+@triton.jit
+def _slot_part(
+    program,
+    query,
+    partial,
+    slot_key,
+    slot_value,
+    table,
+    slot,
+    key_start,
+    value_start,
+    queries,
+    slots,
+    kv_heads,
+    splits,
+    chunks,
+    entries,
+    scale,
+    query_stride_batch,
+    query_stride_head,
+    query_stride_token,
+    slot_key_stride_slot,
+    slot_key_stride_batch,
+    slot_key_stride_head,
+    slot_key_stride_token,
+    slot_value_stride_slot,
+    slot_value_stride_batch,
+    slot_value_stride_head,
+    slot_value_stride_token,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr,
+    LISTED: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SLOT_ALIGN: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """A chunk of SLOTS slots of one token, and SLOT_ROWS query heads of one key/value head."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    rows = queries * GROUP
+    dim = tl.arange(0, PADDED_DIM)
+    dim_live = dim < HEAD_DIM
+    factor = tl.cast(scale, tl.float32)
+    maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
+    blocks = tl.cdiv(GROUP, SLOT_ROWS)
+    chunk = program % chunks
+    parts = splits + chunks
+    block = (program // chunks) % blocks
+    token = (program // (chunks * blocks)) % queries
+    pair = program // (chunks * blocks * queries)
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
+    member = block * SLOT_ROWS + tl.arange(0, SLOT_ROWS)
+    member_live = member < GROUP
+    slot_live = slot < slots
+    own = (token + tl.arange(0, 1)).to(tl.int64)
+    if LISTED:
+        key_rows = key_start.to(tl.pointer_type(slot_key.dtype.element_ty))
+        key_rows += batch * slot_key_stride_batch + kv_head * slot_key_stride_head
+        key_rows += token.to(tl.int64) * slot_key_stride_token
+        key_rows = tl.multiple_of(key_rows, [SLOT_ALIGN])
+        value_rows = value_start.to(tl.pointer_type(slot_value.dtype.element_ty))
+        value_rows += batch * slot_value_stride_batch + kv_head * slot_value_stride_head
+        value_rows += token.to(tl.int64) * slot_value_stride_token
+        value_rows = tl.multiple_of(value_rows, [SLOT_ALIGN])
+    else:
+        key_rows = slot_rows(
+            slot_key, table, slot.to(tl.int64), slot_live, batch, kv_head, own,
+            slot_key_stride_slot, slot_key_stride_batch, slot_key_stride_head,
+            slot_key_stride_token, 0, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        value_rows = slot_rows(
+            slot_value, table, slot.to(tl.int64), slot_live, batch, kv_head, own,
+            slot_value_stride_slot, slot_value_stride_batch, slot_value_stride_head,
+            slot_value_stride_token, 4, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        key_rows = tl.multiple_of(tl.reshape(key_rows, (SLOTS,)), [SLOT_ALIGN])
+        value_rows = tl.multiple_of(tl.reshape(value_rows, (SLOTS,)), [SLOT_ALIGN])
+    slot_load = slot_live[:, None] & dim_live[None, :]
+    k = tl.load(key_rows[:, None] + dim[None, :], mask=slot_load, other=0.0)
+    v = tl.load(value_rows[:, None] + dim[None, :], mask=slot_load, other=0.0)
+    query_rows = query + batch * query_stride_batch + token.to(tl.int64) * query_stride_token
+    query_rows += (kv_head * GROUP + member) * query_stride_head
+    query_rows = tl.multiple_of(query_rows, [ALIGN])
+    live = member_live[:, None] & dim_live[None, :]
+    q = tl.load(query_rows[:, None] + dim[None, :], mask=live, other=0.0)
+    z = _product(q, tl.trans(k), EMULATED) * factor
+    z = tl.where(slot_live[None, :], z, float("-inf"))
+    maximum = tl.max(z, 1)
+    p = tl.exp2((z - maximum[:, None]) * LOG2E)
+    total = _product(p.to(v.dtype), v, EMULATED)
+    index = (pair.to(tl.int64) * rows + token * GROUP + member) * parts + splits + chunk
+    total_rows = tl.multiple_of(partial + index * WIDTH, [16])
+    tl.store(total_rows[:, None] + dim[None, :], total, mask=live)
+    tl.store(maximum_start + index, maximum, mask=member_live)
+    tl.store(maximum_start + entries + index, tl.sum(p, 1), mask=member_live)
+
+
+@triton.jit
+def _split_part(
+    program,
     query,
     key,
     value,
@@ -75,6 +235,7 @@ def decode_split_kernel(
     kv_heads,
     row_blocks,
     splits,
+    chunks,
     entries,
     split_keys,
     scale,
@@ -105,27 +266,24 @@ def decode_split_kernel(
     VALUE_ALIGN: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Write t_C, m_C and w_C of one split: shapes as in `run`, strides in elements.
-
-    partial: the results, [pair, row, split] entries of WIDTH, 1 and 1 numbers, one kind after the
-    other. MASK: 0 none, 1 bool, 2 additive. SHARED_MASK: it is the same for all rows of a program.
-    """
+    """A split of the keys of one key/value head, and ROWS rows."""
     LOG2E: tl.constexpr = 1.4426950408889634
+    rows = queries * GROUP
+    dim = tl.arange(0, PADDED_DIM)
+    dim_live = dim < HEAD_DIM
+    factor = tl.cast(scale, tl.float32)
+    maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
+    parts = splits + chunks
     # Programs that read the same keys are neighbours.
-    program = tl.program_id(0)
     row_block = program % row_blocks
     split = (program // row_blocks) % splits
     pair = program // (row_blocks * splits)
     batch = (pair // kv_heads).to(tl.int64)
     kv_head = (pair % kv_heads).to(tl.int64)
-    rows = queries * GROUP
     row = row_block * ROWS + tl.arange(0, ROWS)
     row_live = row < rows
     token = (row // GROUP).to(tl.int64)
     head = kv_head * GROUP + row % GROUP
-    dim = tl.arange(0, PADDED_DIM)
-    dim_live = dim < HEAD_DIM
-    factor = tl.cast(scale, tl.float32)
     lane = tl.arange(0, KEYS)
 
     query_rows = query + batch * query_stride_batch
@@ -137,6 +295,7 @@ def decode_split_kernel(
     value_start = value + batch * value_stride_batch + kv_head * value_stride_head
     mask_start = mask + batch * mask_stride_batch
     mask_rows = mask_start + head * mask_stride_head + token * mask_stride_query
+    mask_row = mask_start + kv_head * GROUP * mask_stride_head
     # Query token i of Tq sees the keys u <= i + Tk - Tq.
     last_seen = token + (keys - queries)
 
@@ -144,22 +303,29 @@ def decode_split_kernel(
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     first = split * split_keys
-    for start in range(first, tl.minimum(first + split_keys, keys), KEYS):
-        u = (start + lane).to(tl.int64)
-        # seen: keys that a row of this program sees. No others are read: a cache's unused end
-        # costs no traffic, and what lies there is of no account.
-        seen = u < keys
+    last = tl.minimum(first + split_keys, keys)
+    masked = True  # there is more to the mask than the range [first, last)
+    if MASK != 0 and SHARED_MASK:
+        first, last, plain = _visible_range(mask_row, first, last, mask_stride_key, MASK, 16 * KEYS)
+        masked = plain == 0
+    # From 0: Triton lets the loads of a loop run ahead only if it starts where no load decides.
+    for step in range(0, tl.cdiv(last - first, KEYS)):
+        u = (first + step * KEYS + lane).to(tl.int64)
+        seen = u < last
         visible = row_live[:, None] & seen[None, :]
         bias = tl.zeros([1, KEYS], tl.float32)
         if CAUSAL:
             visible &= u[None, :] <= last_seen[:, None]
         if MASK != 0:
+            # Keys that no row of this program sees are not read, and of no account.
             if SHARED_MASK:
-                entry = mask_start + kv_head * GROUP * mask_stride_head + u * mask_stride_key
+                # The loads of keys wait for this one. It takes no time where `masked` rules
+                # it out.
+                entry = mask_row + u * mask_stride_key
                 if MASK == 1:
-                    seen &= tl.load(entry, mask=seen, other=0).to(tl.int1)
+                    seen &= tl.load(entry, mask=seen & masked, other=1).to(tl.int1)
                 else:
-                    read = _added(tl.load(entry, mask=seen, other=float("-inf")))
+                    read = _added(tl.load(entry, mask=seen & masked, other=0.0))
                     seen &= read != float("-inf")
                     bias = read[None, :]
                 visible &= seen[None, :]
@@ -192,65 +358,232 @@ def decode_split_kernel(
 
     # A row that saw nothing: 0 times what other rows' keys hold, which need not be finite.
     total = tl.where((weight == 0.0)[:, None], 0.0, total)
-    index = (pair.to(tl.int64) * rows + row) * splits + split
+    index = (pair.to(tl.int64) * rows + row) * parts + split
     total_rows = tl.multiple_of(partial + index * WIDTH, [16])
     tl.store(total_rows[:, None] + dim[None, :], total, mask=query_live)
-    maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
     tl.store(maximum_start + index, maximum, mask=row_live)
     tl.store(maximum_start + entries + index, weight, mask=row_live)
 
 
-@triton.jit(do_not_specialize=["slots", "splits", "entries"])
-def decode_merge_kernel(
+# What changes with every token must not compile the kernels anew when it becomes a multiple of 16,
+# nor must an address. (A mask's last stride is specialised for: 16 bytes are loaded at once.)
+_GROWING = ["keys", "splits", "entries", "slots", "chunks", "slot_programs"]
+_MASK_STRIDES = ["mask_stride_batch", "mask_stride_head", "mask_stride_query"]
+_ADDRESSES = [f"{side}{i}" for side in ("k", "v") for i in range(slot_table.MOST_LISTED)]
+
+
+@triton.jit(do_not_specialize=_GROWING + _MASK_STRIDES + _ADDRESSES)
+def decode_split_kernel(
     query,
-    partial,
-    out,
-    lse,
     key,
     value,
+    mask,
+    partial,
+    slot_key,
+    slot_value,
     table,
-    slots,
     queries,
+    keys,
+    slots,
     kv_heads,
+    row_blocks,
     splits,
+    chunks,
+    slot_programs,
     entries,
+    split_keys,
     scale,
     query_stride_batch,
     query_stride_head,
     query_stride_token,
+    key_stride_batch,
+    key_stride_head,
+    key_stride_token,
+    value_stride_batch,
+    value_stride_head,
+    value_stride_token,
+    mask_stride_batch,
+    mask_stride_head,
+    mask_stride_query,
+    mask_stride_key,
+    slot_key_stride_slot,
+    slot_key_stride_batch,
+    slot_key_stride_head,
+    slot_key_stride_token,
+    slot_value_stride_slot,
+    slot_value_stride_batch,
+    slot_value_stride_head,
+    slot_value_stride_token,
+    k0, k1, k2, k3, k4, k5, k6, k7,
+    k8, k9, k10, k11, k12, k13, k14, k15,
+    k16, k17, k18, k19, k20, k21, k22, k23,
+    k24, k25, k26, k27, k28, k29, k30, k31,
+    v0, v1, v2, v3, v4, v5, v6, v7,
+    v8, v9, v10, v11, v12, v13, v14, v15,
+    v16, v17, v18, v19, v20, v21, v22, v23,
+    v24, v25, v26, v27, v28, v29, v30, v31,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr,
+    LISTED: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    KEY_ALIGN: tl.constexpr,
+    VALUE_ALIGN: tl.constexpr,
+    SLOT_ALIGN: tl.constexpr,
+    EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Write t_C, m_C and w_C of one part: shapes as in `run`, strides in elements.
+
+    The first slot_programs programs have a chunk of SLOTS slots of one token, `chunks` to a token,
+    and SLOT_ROWS query heads of one key/value head; the others a split of the keys. partial: the
+    results, [pair, row, part] entries of WIDTH, 1 and 1 numbers, one kind after the other; a row's
+    parts are its splits, then its chunks. MASK: 0 none, 1 bool, 2 additive. SHARED_MASK: it is
+    the same for all rows of a program. LISTED: k0, v0, .. are the addresses of the slots.
+    """
+    program = tl.program_id(0)
+    if program < slot_programs:
+        slot = (program % chunks) * SLOTS + tl.arange(0, SLOTS)
+        key_start = slot
+        value_start = slot
+        if LISTED:
+            key_start = _listed(
+                slot,
+                k0, k1, k2, k3, k4, k5, k6, k7,
+                k8, k9, k10, k11, k12, k13, k14, k15,
+                k16, k17, k18, k19, k20, k21, k22, k23,
+                k24, k25, k26, k27, k28, k29, k30, k31,
+            )  # fmt: skip
+            value_start = _listed(
+                slot,
+                v0, v1, v2, v3, v4, v5, v6, v7,
+                v8, v9, v10, v11, v12, v13, v14, v15,
+                v16, v17, v18, v19, v20, v21, v22, v23,
+                v24, v25, v26, v27, v28, v29, v30, v31,
+            )  # fmt: skip
+        _slot_part(
+            program,
+            query,
+            partial,
+            slot_key,
+            slot_value,
+            table,
+            slot,
+            key_start,
+            value_start,
+            queries,
+            slots,
+            kv_heads,
+            splits,
+            chunks,
+            entries,
+            scale,
+            query_stride_batch,
+            query_stride_head,
+            query_stride_token,
+            slot_key_stride_slot,
+            slot_key_stride_batch,
+            slot_key_stride_head,
+            slot_key_stride_token,
+            slot_value_stride_slot,
+            slot_value_stride_batch,
+            slot_value_stride_head,
+            slot_value_stride_token,
+            GROUP,
+            HEAD_DIM,
+            PADDED_DIM,
+            WIDTH,
+            SLOT_ROWS,
+            SLOTS,
+            COLUMNS,
+            TABLE,
+            LISTED,
+            UNIFORM,
+            ALIGN,
+            SLOT_ALIGN,
+            EMULATED,
+        )
+    else:
+        _split_part(
+            program - slot_programs,
+            query,
+            key,
+            value,
+            mask,
+            partial,
+            queries,
+            keys,
+            kv_heads,
+            row_blocks,
+            splits,
+            chunks,
+            entries,
+            split_keys,
+            scale,
+            query_stride_batch,
+            query_stride_head,
+            query_stride_token,
+            key_stride_batch,
+            key_stride_head,
+            key_stride_token,
+            value_stride_batch,
+            value_stride_head,
+            value_stride_token,
+            mask_stride_batch,
+            mask_stride_head,
+            mask_stride_query,
+            mask_stride_key,
+            GROUP,
+            HEAD_DIM,
+            PADDED_DIM,
+            WIDTH,
+            ROWS,
+            KEYS,
+            CAUSAL,
+            MASK,
+            SHARED_MASK,
+            ALIGN,
+            KEY_ALIGN,
+            VALUE_ALIGN,
+            EMULATED,
+        )
+
+
+@triton.jit(do_not_specialize=["parts", "entries"])
+def decode_merge_kernel(
+    partial,
+    out,
+    lse,
+    queries,
+    kv_heads,
+    parts,
+    entries,
     out_stride_batch,
     out_stride_head,
     out_stride_token,
     lse_stride_batch,
     lse_stride_head,
     lse_stride_token,
-    key_stride_slot,
-    key_stride_batch,
-    key_stride_head,
-    key_stride_token,
-    value_stride_slot,
-    value_stride_batch,
-    value_stride_head,
-    value_stride_token,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TABLE: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    PARTS: tl.constexpr,
     ALIGN: tl.constexpr,
-    SLOT_ALIGN: tl.constexpr,
 ):
-    """Write out and lse of one row; shapes as in `run`, strides in elements.
+    """Write out and lse of one row, joining its parts; shapes as in `run`, strides in elements.
 
-    A program a row, not a (batch, key/value head): few tokens make few programs, and a token's
-    slots, which the rows of one group read again, are little beside the keys. Products of one row
-    are sums in float32, without padding to a tensor core's 16 rows. Tiles have a first axis of the
-    one token, as `slot_rows` gives them.
+    A program a row, not a (batch, key/value head): few tokens make few programs.
     """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -259,71 +592,39 @@ def decode_merge_kernel(
     row = program % rows
     pair = program // rows
     batch = (pair // kv_heads).to(tl.int64)
-    kv_head = (pair % kv_heads).to(tl.int64)
-    head = kv_head * GROUP + row % GROUP
-    token = (row // GROUP + tl.arange(0, 1)).to(tl.int64)
+    head = (pair % kv_heads).to(tl.int64) * GROUP + row % GROUP
+    token = (row // GROUP).to(tl.int64)
     dim = tl.arange(0, PADDED_DIM)
     dim_live = dim < HEAD_DIM
 
-    maximum = tl.full([1], float("-inf"), tl.float32)
-    weight = tl.zeros([1], tl.float32)
-    total = tl.zeros([1, PADDED_DIM], tl.float32)
-    index = program.to(tl.int64) * splits
+    maximum = float("-inf")
+    weight = 0.0
+    total = tl.zeros([PADDED_DIM], tl.float32)
+    index = program.to(tl.int64) * parts
     maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        live = split < splits
-        entry = index + split
-        m = tl.load(maximum_start + entry, mask=live, other=float("-inf"))[None, :]
-        w = tl.load(maximum_start + entries + entry, mask=live, other=0.0)[None, :]
-        load_live = live[:, None] & dim_live[None, :]
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        live = part < parts
+        entry = index + part
+        m = tl.load(maximum_start + entry, mask=live, other=float("-inf"))
+        w = tl.load(maximum_start + entries + entry, mask=live, other=0.0)
         total_rows = tl.multiple_of(partial + entry * WIDTH, [16])
-        t = tl.load(total_rows[:, None] + dim[None, :], mask=load_live, other=0.0)[None, :, :]
-        new_maximum = tl.maximum(maximum, tl.max(m, 1))
+        t = tl.load(
+            total_rows[:, None] + dim[None, :], mask=live[:, None] & dim_live[None, :], other=0.0
+        )
+        new_maximum = tl.maximum(maximum, tl.max(m, 0))
         pivot = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         shrink = tl.exp2((maximum - pivot) * LOG2E)
-        p = tl.exp2((m - pivot[:, None]) * LOG2E)
-        weight = weight * shrink + tl.sum(w * p, 1)
-        total = total * shrink[:, None] + tl.sum(t * p[:, :, None], 1)
+        p = tl.exp2((m - pivot) * LOG2E)
+        weight = weight * shrink + tl.sum(w * p, 0)
+        total = total * shrink + tl.sum(t * p[:, None], 0)
         maximum = new_maximum
 
-    if HAS_SLOTS:
-        query_row = query + batch * query_stride_batch + head * query_stride_head
-        query_row = tl.multiple_of(query_row + token * query_stride_token, [ALIGN])
-        q = tl.load(query_row[:, None] + dim[None, :], mask=dim_live[None, :], other=0.0)
-        q = q.to(tl.float32) * tl.cast(scale, tl.float32)
-        for first in range(0, slots, SLOTS):
-            slot = (first + tl.arange(0, SLOTS)).to(tl.int64)
-            slot_live = slot < slots
-            slot_load = (slot_live[:, None] & dim_live[None, :])[None, :, :]
-            key_rows = slot_rows(
-                key, table, slot, slot_live, batch, kv_head, token, key_stride_slot,
-                key_stride_batch, key_stride_head, key_stride_token, 0, COLUMNS, TABLE,
-                UNIFORM, SLOT_ALIGN,
-            )  # fmt: skip
-            value_rows = slot_rows(
-                value, table, slot, slot_live, batch, kv_head, token, value_stride_slot,
-                value_stride_batch, value_stride_head, value_stride_token, 4, COLUMNS, TABLE,
-                UNIFORM, SLOT_ALIGN,
-            )  # fmt: skip
-            k = tl.load(key_rows[:, :, None] + dim[None, None, :], mask=slot_load, other=0.0)
-            v = tl.load(value_rows[:, :, None] + dim[None, None, :], mask=slot_load, other=0.0)
-            z = tl.sum(k.to(tl.float32) * q[:, None, :], 2)
-            z = tl.where(slot_live[None, :], z, float("-inf"))
-            new_maximum = tl.maximum(maximum, tl.max(z, 1))
-            shrink = tl.exp2((maximum - new_maximum) * LOG2E)
-            p = tl.exp2((z - new_maximum[:, None]) * LOG2E)
-            weight = weight * shrink + tl.sum(p, 1)
-            total = total * shrink[:, None] + tl.sum(v.to(tl.float32) * p[:, :, None], 1)
-            maximum = new_maximum
-
     # Without slots a row may have seen nothing at all: its out is 0 and its lse -inf.
-    total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
-    out_row = out + batch * out_stride_batch + head * out_stride_head
-    out_row = tl.multiple_of(out_row + token * out_stride_token, [ALIGN])
-    tl.store(
-        out_row[:, None] + dim[None, :], total.to(out.dtype.element_ty), mask=dim_live[None, :]
-    )
+    total = total / tl.where(weight == 0.0, 1.0, weight)
+    out_row = out + batch * out_stride_batch + head * out_stride_head + token * out_stride_token
+    out_row = tl.multiple_of(out_row, [ALIGN])
+    tl.store(out_row + dim, total.to(out.dtype.element_ty), mask=dim_live)
     lse_row = lse + batch * lse_stride_batch + head * lse_stride_head + token * lse_stride_token
     tl.store(lse_row, maximum + tl.log2(weight) * LN2)
 
@@ -345,7 +646,7 @@ def run(
         q: queries [B, Hq, Tq, d], meant for up to
             `kernels.MAX_DECODE_QUERIES` tokens.
         k, v: keys and values [B, Hk, Tk, d], any strides, Hq a multiple of Hk; Tk may be 0.
-        slots: the depth slots, each [B, Hk, Tq, d] (see `slot_table`), or None.
+        slots: the depth slots, each [B, Hk, Tq, d] (see `slot_table`), best `listed`; or None.
         is_causal: query token i sees the keys u <= i + Tk - Tq.
         scale: factor of every score.
         mask: of the sequence, bool or additive, broadcastable to [B, Hq, Tq, Tk]; beside is_causal
@@ -380,90 +681,98 @@ def run(
         head_dim=d, rows=rows, dtype=q.dtype, capability=launch.capability(q)
     )
     row_blocks = -(-rows // tile.rows)
-    parts = configs.decode_splits(
+    split = configs.decode_splits(
         pairs=b * hk * row_blocks,
         keys=keys,
         tile_keys=tile.keys,
         multiprocessors=_multiprocessors(q),
     )
     if splits is not None:
-        parts = configs.equal_splits(count=splits, keys=keys, tile_keys=tile.keys)
+        split = configs.equal_splits(count=splits, keys=keys, tile_keys=tile.keys)
+    slot_tile = configs.decode_slots(head_dim=d, dtype=q.dtype)
+    read = slots or slot_table.none(q)
+    chunks = -(-read.count // slot_tile)
+    slot_rows = min(tile.rows, configs.padded(group))
+    slot_programs = b * hk * queries * -(-group // slot_rows) * chunks
     width = -(-d // _ROW_ELEMENTS) * _ROW_ELEMENTS
-    # t_C, then m_C, then w_C: [B, Hk, rows, splits] entries of width, 1 and 1 numbers.
-    entries = b * hk * rows * parts.count
+    # t_C, then m_C, then w_C: [B, Hk, rows, parts] entries of width, 1 and 1 numbers.
+    parts = split.count + chunks
+    entries = b * hk * rows * parts
     partial = q.new_empty((entries * (width + 2),), dtype=torch.float32)
     traced = launch.is_traced(q) if slots is None else slots.traced
-    joining = configs.merge_tile(head_dim=d, slots=0 if slots is None else slots.count)
+    joining = configs.merge_tile(head_dim=d)
     with launch.on_device(q):
-        launch.launchable(decode_split_kernel, traced)[(b * hk * parts.count * row_blocks,)](
+        launch.launchable(decode_split_kernel, traced)[
+            (slot_programs + b * hk * split.count * row_blocks,)
+        ](
             q,
             k,
             v,
             q if mask is None else mask,
             partial,
+            read.key,
+            read.value,
+            read.table,
             queries,
             keys,
+            read.count,
             hk,
             row_blocks,
-            parts.count,
+            split.count,
+            chunks,
+            slot_programs,
             entries,
-            parts.keys,
+            split.keys,
             scale,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             *mask_strides,
+            *read.key_strides,
+            *read.value_strides,
+            *(read.addresses or (0,) * (2 * slot_table.MOST_LISTED)),
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
             WIDTH=width,
             ROWS=tile.rows,
             KEYS=tile.keys,
+            SLOT_ROWS=slot_rows,
+            SLOTS=slot_tile,
             CAUSAL=is_causal,
             MASK=kind,
             SHARED_MASK=shared,
+            COLUMNS=tiles.TABLE_COLUMNS,
+            TABLE=read.is_table,
+            LISTED=bool(read.addresses),
+            UNIFORM=read.is_uniform,
             ALIGN=launch.alignment(q),
             KEY_ALIGN=launch.alignment(k),
             VALUE_ALIGN=launch.alignment(v),
+            SLOT_ALIGN=read.align,
             EMULATED=launch.EMULATED,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
         launch.launchable(decode_merge_kernel, traced)[(b * hk * rows,)](
-            q,
             partial,
             out,
             lse,
-            *_slot_tensors(slots, q),
             queries,
             hk,
-            parts.count,
+            parts,
             entries,
-            scale,
-            *q.stride()[:3],
             *out.stride()[:3],
             *lse.stride(),
-            *((0,) * 8 if slots is None else (*slots.key_strides, *slots.value_strides)),
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
             WIDTH=width,
-            SPLITS=joining.splits,
-            SLOTS=joining.slots,
-            HAS_SLOTS=slots is not None,
-            COLUMNS=tiles.TABLE_COLUMNS,
-            TABLE=slots is not None and slots.is_table,
-            UNIFORM=slots is None or slots.is_uniform,
-            ALIGN=launch.alignment(q, out),
-            SLOT_ALIGN=16 if slots is None else slots.align,
+            PARTS=joining.parts,
+            ALIGN=launch.alignment(out),
             num_warps=joining.warps,
         )
     return out, lse
-
-
-def _slot_tensors(slots: slot_table.Slots | None, q: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """key, value, table and count of the slots; without slots tensors that are never read."""
-    return (q, q, q, 0) if slots is None else (slots.key, slots.value, slots.table, slots.count)
 
 
 def _is(n: Any, number: int) -> bool:

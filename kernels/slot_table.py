@@ -24,6 +24,9 @@ from moda_compile.kernels import launch, tiles
 ROWS = 16
 """Slots written by one launch of `fill_rows_kernel`."""
 
+MOST_LISTED = 32
+"""Slots whose addresses a kernel can take as arguments instead of a table; see `listed`."""
+
 _Strides = tuple[int, ...]
 
 
@@ -35,7 +38,8 @@ class Slots:
         type, never read. table: int64 [S, 8] (see `tiles.TABLE_COLUMNS`); for stacked slots a
         tensor that is never read. key_strides, value_strides: (slot, batch, head, token), in
         elements; of a table only those of UNIFORM tables count. align: bytes that divide every
-        row's address. keep: tensors that must outlive the launch.
+        row's address. addresses: of `listed` slots, which have no table: all keys', then all
+        values'. keep: tensors that must outlive the launch.
     """
 
     count: int
@@ -49,6 +53,7 @@ class Slots:
     is_uniform: bool
     align: int
     traced: bool
+    addresses: tuple[int, ...] = ()
     keep: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
@@ -160,6 +165,56 @@ def table(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
         align=launch.alignment(*keys, *values),
         traced=False,
         keep=(*keys, *values),
+    )
+
+
+def listed(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
+    """Slots that are separate tensors, for a kernel that can take their addresses as arguments: no
+    table has to be written. More than `MOST_LISTED`, or slots of different strides, get a table.
+
+    Args:
+        depth_k, depth_v: as for `table`.
+    """
+    keys = [launch.unit_rows(x) for x in depth_k]
+    values = [launch.unit_rows(x) for x in depth_v]
+    strides = {_strides(key) + _strides(value) for key, value in zip(keys, values, strict=True)}
+    if len(keys) > MOST_LISTED or len(strides) > 1:
+        return table(keys, values)
+    (own,) = strides
+    addresses = [[x.data_ptr() for x in side] for side in (keys, values)]
+    # The rest repeats the first: same argument types, never read.
+    padded = [x + x[:1] * (MOST_LISTED - len(x)) for x in addresses]
+    return Slots(
+        count=len(keys),
+        kv_heads=keys[0].shape[1],
+        key=keys[0],
+        value=values[0],
+        table=keys[0],
+        key_strides=(0, *own[:3]),
+        value_strides=(0, *own[3:]),
+        is_table=False,
+        is_uniform=True,
+        align=launch.alignment(*keys, *values),
+        traced=False,
+        addresses=(*padded[0], *padded[1]),
+        keep=(*keys, *values),
+    )
+
+
+def none(like: Tensor) -> Slots:
+    """No slots, for a kernel that takes them all the same. like: [B, Hk, T, d], never read."""
+    return Slots(
+        count=0,
+        kv_heads=like.shape[1],
+        key=like,
+        value=like,
+        table=like,
+        key_strides=(0,) * 4,
+        value_strides=(0,) * 4,
+        is_table=False,
+        is_uniform=True,
+        align=16,
+        traced=launch.is_traced(like),
     )
 
 

@@ -70,7 +70,7 @@ def forward(
         return _nothing(q)
     has_slots = _count(depth_k) > 0
     if lowering.name == "decode":
-        slots = _slots(depth_k, depth_v) if has_slots else None
+        slots = _slots(depth_k, depth_v, listed=True) if has_slots else None
         return decode.run(q, k, v, slots, is_causal=is_causal, scale=scale, mask=mask)
     is_causal, mask = masks.aligned(q, k, is_causal, mask)
     q = launch.unit_rows(q)
@@ -300,10 +300,11 @@ def _count(slots: _Slots) -> int:
     return slots.shape[0] if isinstance(slots, Tensor) else len(slots)
 
 
-def _slots(depth_k: _Slots, depth_v: _Slots) -> slot_table.Slots:
+def _slots(depth_k: _Slots, depth_v: _Slots, *, listed: bool = False) -> slot_table.Slots:
     if isinstance(depth_k, Tensor) and isinstance(depth_v, Tensor):
         return slot_table.stacked(depth_k, depth_v)
-    return slot_table.table(list(depth_k), list(depth_v))
+    make = slot_table.listed if listed else slot_table.table
+    return make(list(depth_k), list(depth_v))
 
 
 def _lowering(

@@ -24,8 +24,9 @@ from moda_compile.kernels import decode, slot_table, split  # noqa: E402
 from tests.kernels.script import report  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SLOTS = ("listed", "table", "stacked")
 BASE: dict[str, Any] = dict(
-    dtype="bf16", b=1, hk=1, g=2, q=1, t=77, d=16, s=5, slots="table", causal=False, mask="",
+    dtype="bf16", b=1, hk=1, g=2, q=1, t=77, d=16, s=5, slots="listed", causal=False, mask="",
     layout="token_major", splits=None, check="oracle", poison="",
 )  # fmt: skip
 
@@ -149,7 +150,7 @@ ADDITIVE_MASKS = (
 
 def cases() -> Iterator[dict[str, Any]]:
     """Every value of every parameter occurs with several of the others; sizes are odd and small."""
-    for dtype, slots, causal in itertools.product(DTYPES, ("table", "stacked"), (False, True)):
+    for dtype, slots, causal in itertools.product(DTYPES, SLOTS, (False, True)):
         yield BASE | dict(dtype=dtype, slots=slots, causal=causal, q=3, t=131, hk=2)
     for d in (1, 16, 24, 64, 80, 128, 256):
         yield BASE | dict(d=d, g=3)
@@ -159,7 +160,7 @@ def cases() -> Iterator[dict[str, Any]]:
         yield BASE | dict(g=g, q=queries, causal=True, dtype="fp16", t=65, b=1 + (queries < 3))
     yield BASE | dict(g=20, q=5, causal=True, t=25)  # several tiles of rows
     yield BASE | dict(g=3, q=7, causal=True, dtype="fp32", hk=2, t=25)
-    for s, slots in itertools.product((0, 1, 33), ("table", "stacked")):
+    for s, slots in itertools.product((0, 1, 32, 33), SLOTS):
         yield BASE | dict(s=s, slots=slots, dtype="fp32", b=2, hk=2, t=25)
     for t, s in itertools.product((0, 1, 2, 64, 65, 300), (0, 5)):
         yield BASE | dict(t=t, s=s, q=2, causal=t % 2 == 0)
@@ -219,7 +220,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if case["slots"] == "stacked":
         slots = slot_table.stacked(stack_k, stack_v)
     elif s:
-        slots = slot_table.table(depth[:s], depth[s:])
+        slots = getattr(slot_table, case["slots"])(depth[:s], depth[s:])
     options: dict[str, Any] = dict(is_causal=case["causal"], scale=scale, mask=mask)
     out, lse = decode.run(q, k, v, slots, **options, splits=case["splits"])
     result: dict[str, Any] = dict(

@@ -45,7 +45,7 @@ def lines() -> list[dict[str, Any]]:
 def test_every_case_ran(lines: list[dict[str, Any]]) -> None:
     failures = [(x["case"], x["traceback"]) for x in lines if "traceback" in x]
     assert failures == []
-    assert len(lines) == 138
+    assert len(lines) == 150
 
 
 def test_errors_stay_within_eager_plus_rounding(lines: list[dict[str, Any]]) -> None:
@@ -153,7 +153,7 @@ def test_traces_with_fake_cuda_tensors(
     assert (lse.shape, lse.dtype) == ((B, HQ, queries), FP32)
     assert isinstance(first["kwargs"]["keys"], Node) == symbolic
     assert isinstance(first["grid"][0][0], Node) == symbolic
-    assert isinstance(second["kwargs"]["splits"], Node) == symbolic
+    assert isinstance(second["kwargs"]["parts"], Node) == symbolic
     assert second["grid"][0][0] == B * HQ * queries
 
 
@@ -193,17 +193,29 @@ def compile_for_h100(
     ],
     ids=str,
 )
+@pytest.mark.parametrize("slots", ["listed", "table", "stacked"])
 def test_split_kernel_compiles_for_an_h100(
-    dtype: torch.dtype, head_dim: int, rows: int, masked: Any, shared: bool, causal: bool
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: int,
+    masked: Any,
+    shared: bool,
+    causal: bool,
+    slots: str,
 ) -> None:
     tile = configs.decode_tile(head_dim=head_dim, rows=rows, dtype=dtype, capability=(9, 0))
     own = POINTERS[dtype]
     pointers = dict(query=own, key=own, value=own, mask=POINTERS.get(masked, own))
-    pointers["partial"] = "*fp32"
+    pointers |= dict(slot_key=own, slot_value=own, partial="*fp32")
+    pointers["table"] = "*i64" if slots == "table" else own
+    pointers |= dict.fromkeys(decode._ADDRESSES, "i64" if slots == "listed" else "i32")
     constants: dict[str, Any] = dict(
         GROUP=rows, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), WIDTH=head_dim,
         ROWS=tile.rows, KEYS=tile.keys, CAUSAL=causal, SHARED_MASK=shared, EMULATED=False,
         MASK=0 if masked is None else 1 if masked == torch.bool else 2,
+        SLOT_ROWS=min(tile.rows, configs.padded(rows)),
+        SLOTS=configs.decode_slots(head_dim=head_dim, dtype=dtype),
+        COLUMNS=8, TABLE=slots == "table", LISTED=slots == "listed", UNIFORM=True, SLOT_ALIGN=16,
         ALIGN=16, KEY_ALIGN=16, VALUE_ALIGN=16,
     )  # fmt: skip
     made = compile_for_h100(
@@ -216,23 +228,13 @@ def test_split_kernel_compiles_for_an_h100(
 
 
 @compiled_only
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "slots", "table", "uniform"),
-    [(BF16, 64, 30, True, True), (FP16, 256, 64, True, False), (FP32, 80, 5, False, True)],
-    ids=str,
-)
-@pytest.mark.parametrize("has_slots", [True, False])
-def test_merge_kernel_compiles_for_an_h100(
-    dtype: torch.dtype, head_dim: int, slots: int, table: bool, uniform: bool, has_slots: bool
-) -> None:
-    tile = configs.merge_tile(head_dim=head_dim, slots=slots)
-    pointers = dict.fromkeys(("query", "out", "key", "value"), POINTERS[dtype])
-    pointers |= dict.fromkeys(("partial", "lse"), "*fp32")
-    pointers["table"] = "*i64" if table else POINTERS[dtype]
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 64), (FP16, 256), (FP32, 80)], ids=str)
+def test_merge_kernel_compiles_for_an_h100(dtype: torch.dtype, head_dim: int) -> None:
+    tile = configs.merge_tile(head_dim=head_dim)
+    pointers = dict(out=POINTERS[dtype], partial="*fp32", lse="*fp32")
     constants: dict[str, Any] = dict(
         GROUP=3, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), WIDTH=head_dim,
-        SPLITS=tile.splits, SLOTS=tile.slots, HAS_SLOTS=has_slots, COLUMNS=8, TABLE=table,
-        UNIFORM=uniform, ALIGN=16, SLOT_ALIGN=16,
+        PARTS=tile.parts, ALIGN=16,
     )  # fmt: skip
     made = compile_for_h100(decode.decode_merge_kernel, pointers, constants, num_warps=tile.warps)
     assert made.metadata.shared <= 16 * 1024
