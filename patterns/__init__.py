@@ -8,7 +8,7 @@ A row never looks at the name of an attribute, a class or a file. To add a famil
 if __name__ != "moda_compile.patterns":
     raise ImportError(f"import moda_compile.patterns, not {__name__!r}.")
 
-from moda_compile.patterns import by_hand, flex, opaque, packed, sdpa
+from moda_compile.patterns import by_hand, flex, opaque, packed, sdpa, varlen
 from moda_compile.patterns.registry import Registration
 from moda_compile.patterns.row import Attention, LeftAlone, Pattern, Refused, Step
 
@@ -41,6 +41,13 @@ PATTERNS: tuple[Pattern, ...] = (
         accepts="FlexAttention with any score_mod and block_mask, through its lse.",
         refuses="An lse that the model uses itself, BACKEND='FLASH', values wider than keys.",
         match=flex.match,
+    ),
+    Pattern(
+        name="varlen",
+        accepts="torch.nn.attention.varlen.varlen_attn: sequences of different lengths in one row, "
+        "causal, bidirectional or windowed.",
+        refuses="A KV cache (seqused_k, block_table), an lse that the model uses itself.",
+        match=varlen.match,
     ),
     Pattern(
         name="opaque",

@@ -31,7 +31,8 @@ class Projection:
         waist: the last node before anything but views happens.
         rest: the nodes from the waist to the key, in order; empty if the waist is the key.
         result: the key [B, Hk, T, d].
-        order: the waist's dimensions, a permutation of "bthd", or "btf" if flat.
+        order: the waist's dimensions, a permutation of "bthd", or "btf" if flat; without "b" if the
+            hidden state has no batch dimension, and the waist none, either.
         offset, head_stride: feature (h, x) of the key is the linear layer's output feature
             ``offset + h * head_stride + x``.
         heads, head_dim: of the waist; fewer heads than the key's if the rest repeats them.
@@ -53,13 +54,15 @@ class Projection:
         return self.heads * self.head_dim
 
     def apply(self, gm: GraphModule, features: Node) -> Node:
-        """Append what turns features [B, T, width] into a key [B, Hk, T, d]."""
+        """Append what turns features [B, T, width], or [T, width], into a key [B, Hk, T, d]."""
         node = features
-        if self.order != "btf":
+        if "f" not in self.order:
             node = fx.insert(
                 gm, "unflatten", (node, -1, (self.heads, self.head_dim)), like=self.result
             )
-            axes = tuple("bthd".index(axis) for axis in self.order)
+            if "b" in self.order and fx.value(self.layer.input).dim() == 2:
+                node = fx.insert(gm, "unsqueeze", (node, 0), like=self.result)
+            axes = tuple(sorted(self.order, key="bthd".index).index(axis) for axis in self.order)
             node = fx.insert(gm, "permute", (node, axes), like=self.result)
         replace = {self.waist: node}
         fx.copy_nodes(gm, self.rest, replace)
@@ -176,12 +179,20 @@ def _layout(layer: linear.Linear, waist: Any, head_dim: int) -> tuple[str, int, 
 
     ``None`` if ``waist`` is no such view: it does not hold whole heads of whole tokens.
     """
-    batch, length = (fx.hint(s) for s in fx.value(layer.input).shape[:2])
-    features = int(fx.value(layer.node).shape[-1])
-    if not isinstance(waist, Tensor) or waist.dim() not in (3, 4):
+    hidden = [fx.hint(s) for s in fx.value(layer.input).shape[:-1]]
+    if len(hidden) not in (1, 2) or not isinstance(waist, Tensor):
         return None
-    expected = {"b": (batch, length * features), "t": (length, features)}
-    expected["d"] = (head_dim if waist.dim() == 4 else waist.shape[-1], 1)
+    length, batch = hidden[-1], 1 if len(hidden) == 1 else hidden[0]
+    features = int(fx.value(layer.node).shape[-1])
+    flat = "btf"[-len(hidden) - 1 :]
+    # A hidden state [T, D] may get a batch dimension on the way.
+    by_heads = {3: "thd", 4: "bthd"} if len(hidden) == 1 else {4: "bthd"}
+    names = by_heads.get(waist.dim(), flat)
+    if waist.dim() != len(names):
+        return None
+    known = {"b": (batch, length * features), "t": (length, features)}
+    known |= {"d": (head_dim, 1), "f": (waist.shape[-1], 1)}
+    expected = {axis: found for axis, found in known.items() if axis in names}
     labels: list[str | None] = [None] * waist.dim()
     head_stride = head_dim
     for i, (size, stride) in enumerate(zip(waist.shape, waist.stride(), strict=True)):
@@ -191,16 +202,15 @@ def _layout(layer: linear.Linear, waist: Any, head_dim: int) -> tuple[str, int, 
             if not match:
                 head_stride = stride
     # A dimension of size 1 has no stride of its own; which of the free names it gets is all one.
-    names = "bthd" if waist.dim() == 4 else "btd"
     free = iter(a for a in names if a not in labels)
     order = "".join(label or next(free, "?") for label in labels)
     sizes = dict(zip(order, waist.shape, strict=True))
-    if sorted(order) != sorted(names) or any(sizes[a] != expected[a][0] for a in "btd"):
+    if sorted(order) != sorted(names) or any(sizes[a] != expected[a][0] for a in expected):
         return None
     offset = int(waist.storage_offset())
-    if waist.dim() == 3:
-        flat = order == "btd" and sizes["d"] % head_dim == 0
-        return ("btf", offset, head_dim, sizes["d"] // head_dim) if flat else None
+    if names is flat:
+        whole = order == flat and sizes["f"] % head_dim == 0
+        return (flat, offset, head_dim, sizes["f"] // head_dim) if whole else None
     by_head = features % head_stride == 0 and sizes["h"] * head_stride == features
     cut = by_head and offset + head_dim <= head_stride
     return (order, offset, head_stride, sizes["h"]) if head_stride == head_dim or cut else None

@@ -1,0 +1,151 @@
+"""Check converted models of packed sequences (varlen_attn) on this machine's GPU.
+
+    PYTHONPATH=. python benchmarks/check_varlen.py
+
+The oracle runs the sequences one by one through the converted model's dense twin, in float64. One
+row a case: the worst ||x - exact|| / ||exact|| of output and gradients beside that of the dense
+twin in the case's own dtype, and the worst share of twice that. Exits with 1 if a case fails.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import varlen
+
+import moda_compile
+from moda_compile import MoDAConfig
+from moda_compile.report import table
+
+LENGTHS = (300, 1, 77, 515, 64)
+WIDTH, HEAD = 256, 64
+ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+class Attention(nn.Module):
+    """Of sequences packed into x [T, D] if offsets are given, otherwise of one, [1, T, D]."""
+
+    def __init__(self, window: tuple[int, int], kv_heads: int) -> None:
+        super().__init__()
+        self.window = window
+        self.norm = nn.LayerNorm(WIDTH)
+        self.query = nn.Linear(WIDTH, WIDTH)
+        self.key = nn.Linear(WIDTH, kv_heads * HEAD)
+        self.value = nn.Linear(WIDTH, kv_heads * HEAD)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, offsets: Tensor | None = None, longest: int = 0) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (f(y).unflatten(-1, (-1, HEAD)) for f in (self.query, self.key, self.value))
+        if offsets is not None:
+            options: dict[str, Any] = dict(window_size=self.window, enable_gqa=True)
+            y = varlen.varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
+        else:
+            token = torch.arange(x.shape[1], device=x.device)
+            ahead = token - token[:, None]
+            seen = ahead <= (self.window[1] if self.window[1] >= 0 else len(token))
+            seen = seen & (ahead >= -(self.window[0] if self.window[0] >= 0 else len(token)))
+            q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
+        return x + self.out(y.flatten(-2))
+
+
+class Model(nn.Module):
+    """Four attentions."""
+
+    def __init__(self, window: tuple[int, int], kv_heads: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(window, kv_heads) for _ in range(4))
+
+    def forward(self, x: Tensor, *offsets: Any) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, *offsets)
+        return x
+
+
+def results(model: nn.Module, out: Tensor, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """The output and all gradients."""
+    model.zero_grad()
+    (dx,) = torch.autograd.grad((out * weight).sum(), x, retain_graph=True)
+    (out * weight).sum().backward()
+    found = {"out": out.detach(), "dx": dx}
+    return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check(
+    dtype: torch.dtype, window: tuple[int, int], kv_heads: int
+) -> tuple[str, float, float, float]:
+    """(name of the worst tensor, its error, the dense twin's, share of what is allowed)."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    offsets = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int().cuda()
+    ends = offsets.tolist()
+    x = torch.randn(ends[-1], WIDTH, device="cuda").to(dtype)
+    weight = torch.randn_like(x)
+    plain = Model(window, kv_heads).cuda().to(dtype)
+    packed = moda_compile.convert(
+        copy.deepcopy(plain), MoDAConfig(), (x, offsets, max(LENGTHS)), backend="inductor"
+    )
+    leaf = x.clone().requires_grad_()
+    got = results(packed, packed(leaf, offsets, max(LENGTHS)), leaf, weight)
+
+    def one_by_one(to: torch.dtype) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        own = x.to(to).requires_grad_()
+        alone = moda_compile.convert(
+            copy.deepcopy(plain).to(to), MoDAConfig(), (own[None, :5],), backend="eager"
+        )
+        parts = [alone(own[None, a:b])[0] for a, b in itertools.pairwise(ends)]
+        return results(alone, torch.cat(parts), own, weight.to(to))
+
+    exact, dense = one_by_one(torch.float64), one_by_one(dtype)
+    worst = ("", 0.0, 0.0, -1.0)
+    assert got.keys() == exact.keys()
+    largest = max(y.norm() for n, y in exact.items() if n != "out")
+    for name, true in exact.items():
+        size = max(float(true.norm()), 1e-3 * float(largest))  # a key's bias has no gradient
+        error, other = (float((z[name].double() - true).norm()) / size for z in (got, dense))
+        share = error / (2 * other + ROUNDING[dtype])
+        if not share <= worst[3]:  # NaN is the worst
+            worst = (name, error, other, share)
+    return worst
+
+
+def main() -> int:
+    """Print the table; return the exit status."""
+    if not torch.cuda.is_available():
+        print("no CUDA device")
+        return 1
+    print(torch.cuda.get_device_name(), torch.__version__)
+    rows = [("case", "worst of", "error", "dense twin's", "of allowed", "")]
+    good = 0
+    cases = [
+        (torch.bfloat16, (-1, 0), 2),
+        (torch.float16, (-1, 0), 4),
+        (torch.bfloat16, (-1, -1), 1),
+    ]
+    cases += [(torch.bfloat16, (100, 0), 2), (torch.float16, (30, 7), 2)]
+    for case in cases:
+        try:
+            name, error, dense, share = check(*case)
+            ok = share <= 1
+            figures = (name, f"{error:.1e}", f"{dense:.1e}", f"{share:.2f}")
+        except Exception as failure:  # one failure must not hide the others
+            ok, figures = False, (f"{type(failure).__name__}: {str(failure)[:200]}", "", "", "")
+        good += ok
+        dtype, window, kv_heads = case
+        label = f"{str(dtype)[6:]} window {window} G{WIDTH // HEAD // kv_heads}"
+        rows.append((label, *figures, "ok" if ok else "FAIL"))
+    print("\n".join(table(rows)))
+    print(f"{good} of {len(cases)}")
+    return int(good < len(cases))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
