@@ -19,6 +19,10 @@ from moda_compile.varlen import varlen_attention
 # One of PyTorch's own, and with its name the only thing here that it does not document: the
 # function that people call is traced through.
 _NAME = "torch_attn::_varlen_attn"
+_UNDERSTOOD = {
+    "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "is_causal", "scale",
+    "window_size", "enable_gqa",
+}  # fmt: skip
 
 
 def match(node: Node) -> Attention | None:
@@ -78,13 +82,13 @@ def _batched(gm: Any, x: Node, like: Node) -> Node:
 
 
 def _check(call: Node, given: dict[str, Any], left: Any, right: Any) -> None:
-    for name in ("seqused_k", "block_table"):
-        if given.get(name) is not None:
-            raise Refused(
-                f"varlen_attn over a KV cache ({name}) does not tell which keys are this call's "
-                "own.",
-                "pass the keys of the call itself, with cu_seq_k alone.",
-            )
+    other = sorted(x for x in given if given[x] is not None and x not in _UNDERSTOOD)
+    if other:
+        raise Refused(
+            f"varlen_attn with {', '.join(other)}: over a KV cache it does not tell which keys "
+            "are this call's own.",
+            "pass the call's own queries, keys and values, with cu_seq_q and cu_seq_k alone.",
+        )
     ends = given["cu_seq_k"]
     if ends is not None and ends is not given["cu_seq_q"]:
         raise LeftAlone("its keys are of other sequences than its queries (cu_seq_q, cu_seq_k).")
