@@ -144,7 +144,9 @@ def time_shape(shape: Shape, bandwidth: float) -> None:
 
 
 def sweep(shape: Shape, bandwidth: float) -> None:
-    """Print the times of tile shapes, best first: forward, and backward with += in float32."""
+    """Print the times of tile shapes of the tensor-core kernels, best first: forward, and backward
+    with += in float32. For the kernels alone see depth_kernels.py.
+    """
     hq = shape.kv_heads * shape.group
     q, out, grad, dq = (rows(shape, hq) for _ in range(4))
     lse = torch.randn(1, hq, shape.tokens, device="cuda") + 10
@@ -153,30 +155,30 @@ def sweep(shape: Shape, bandwidth: float) -> None:
     size = (shape.slots, 2, 1, shape.tokens, shape.kv_heads, shape.head_dim)
     acc = torch.zeros(size, device="cuda").transpose(3, 4)
     scale = shape.head_dim**-0.5
-    runs: dict[str, Callable[[], Any]] = {
-        "forward_tile": lambda: depth_forward.run(q, out, lse, table, scale),
-        "backward_tile": lambda: depth_backward.run(
-            grad, q, out, lse, dq, table, acc[:, 0], acc[:, 1], accumulate=True, scale=scale
+    runs: dict[str, Callable[..., Any]] = {
+        "forward": partial(depth_forward.run, q, out, lse, table, scale),
+        "backward": partial(
+            depth_backward.run, grad, q, out, lse, dq, table, acc[:, 0], acc[:, 1],
+            accumulate=True, scale=scale,
         ),
-    }
+    }  # fmt: skip
     candidates = [
         (1, 16, 1), (1, 16, 2), (1, 16, 4), (1, 32, 2), (1, 32, 4), (1, 64, 4),
         (2, 16, 2), (2, 32, 2), (4, 16, 4), (8, 16, 8),
     ]  # fmt: skip
     for name, run in runs.items():
-        backward = name == "backward_tile"
+        backward = name == "backward"
         floor = shape.bytes(backward=backward, gradient_bytes=8 * backward) / bandwidth
-        original, timed = getattr(configs, name), []
+        timed = []
         for (tokens, width, warps), stages in itertools.product(candidates, (1, 2)):
             if backward and stages == 2 and (tokens, width) != (1, 16):
                 continue
             tile = configs.Tile(tokens=tokens, slots=width, warps=warps, stages=stages)
-            setattr(configs, name, lambda tile=tile, **_: tile)
+            candidate = partial(run, products="matrix", tile=tile)
             try:
-                timed.append((milliseconds(run), (tokens, width, warps, stages)))
+                timed.append((milliseconds(candidate), (tokens, width, warps, stages)))
             except Exception as error:  # a tile that does not fit this GPU
                 print(f"    {tile}: {type(error).__name__}")
-        setattr(configs, name, original)
         print(f"{shape} {name}: now {milliseconds(run):.3f} ms, floor {floor:.3f} ms", flush=True)
         for time, numbers in sorted(timed)[:5]:
             print(f"    {time:.3f} ms (tokens, slots, warps, stages) = {numbers}", flush=True)

@@ -9,19 +9,26 @@ a first step that compiles a dozen candidates per layer costs more than it gains
 - A float32 tile [head_dim, group] of a token stays in registers through forward; backward has three
   of them and [slots, head_dim]. Where they don't fit beside several tokens, one token a program.
 - 16 slots a step is the least that a tensor-core product takes.
+- It also takes 16 query heads. Where a key/value head has few of its own, `products` chooses the
+  vector kernels, which multiply without tensor cores. A program of theirs has as many rows, one
+  (token, key/value head) each, as its threads cover in one access a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """tokens: tokens a program; slots: depth slots a step; warps, stages: launch options."""
+    """tokens: tokens a program; slots: depth slots a step; warps, stages: launch options.
+
+    Of a vector kernel: tokens are rows, of one (token, key/value head) each, and with 2 stages a
+    step's slots are loaded a step ahead, into registers.
+    """
 
     tokens: int
     slots: int
@@ -32,6 +39,59 @@ class Tile:
 def padded(n: int) -> int:
     """n rounded up to a power of two, at least 16: what a tensor-core product needs."""
     return max(16, 1 << (n - 1).bit_length())
+
+
+Products = Literal["vector", "matrix"]
+"""How a depth kernel multiplies: element by element, or with tensor cores."""
+
+_VECTOR_STATE = 32
+
+
+def products(*, head_dim: int, group: int, dtype: torch.dtype) -> Products:
+    """Which kernels serve the depth part.
+
+    Of a tensor-core product, padded to 16 query heads, a group of 4 uses a quarter; its operands'
+    registers are lost to loads on their way, and those decide. Without tensor cores the arithmetic
+    grows with the group instead. What a thread of the vector kernels keeps for each query head, a
+    few elements of q, out and, backward, three gradients, must stay in registers beside the loads:
+    by the compiler's report for compute capability 9.0, _VECTOR_STATE elements of each do.
+
+    Args:
+        head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
+    """
+    elements = max(16 // dtype.itemsize, padded(head_dim) // 32)
+    return "vector" if group * elements <= _VECTOR_STATE else "matrix"
+
+
+def vector_forward_tile(*, head_dim: int, group: int, dtype: torch.dtype, width: int) -> Tile:
+    """Tile of the forward vector kernel.
+
+    Args:
+        head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
+        width: elements of a slot's row that a thread can load at once: 16 bytes, or fewer where
+            the rows' addresses don't allow it.
+    """
+    # Measured on an H100. Loading a step ahead is 7% faster at groups of 2 and 3, level at 1 and 4,
+    # and for 4 takes more registers than two programs an SM leave. Where an access is half as wide,
+    # two of them a thread are 13% faster than one.
+    if group <= 3 and width * dtype.itemsize >= 16:
+        return _rows(head_dim, width, slots=2, stages=2)
+    wide = 2 * width if group == 1 and width * dtype.itemsize < 16 else width
+    return _rows(head_dim, wide, slots=4 if group <= 4 else 2, stages=1)
+
+
+def vector_backward_tile(*, head_dim: int, group: int, width: int) -> Tile:
+    """Tile of the backward vector kernel; arguments as for `vector_forward_tile`, but width that of
+    the slot's and its gradients' rows together.
+    """
+    return _rows(head_dim, min(width, 4), slots=2 if group <= 2 else 1, stages=2)
+
+
+def _rows(head_dim: int, width: int, *, slots: int, stages: int) -> Tile:
+    # A row that several warps share would be summed through shared memory.
+    warps = 4 if padded(head_dim) // width <= 32 else 1
+    rows = max(1, 32 * warps * width // padded(head_dim))
+    return Tile(tokens=rows, slots=slots, warps=warps, stages=stages)
 
 
 def forward_tile(
@@ -76,13 +136,14 @@ def _stages(capability: tuple[int, int]) -> int:
 @dataclass(frozen=True, kw_only=True)
 class DecodeTile:
     """Of the decode kernel: rows (query heads times query tokens that share a key/value head) and
-    keys a step; warps, stages: launch options.
+    keys a step; warps, stages: launch options; programs: as many as are wanted for each SM.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    programs: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +166,27 @@ class Splits:
 
 
 def decode_tile(
-    *, head_dim: int, rows: Any, dtype: torch.dtype, capability: tuple[int, int]
+    *,
+    head_dim: int,
+    rows: Any,
+    pairs: Any,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    multiprocessors: int,
 ) -> DecodeTile:
     """Tile of the decode kernel.
 
     What decides is how many bytes of K and V are on their way to an SM at a time: about 40 KiB hide
     the memory's latency on an H100. Rows beyond one tile go to programs of their own, which read
-    the same keys at about the same time, from L2.
+    the same keys at about the same time, from L2. Where batches and heads alone fill the GPU, the
+    start of a program counts less than what a step costs beside its loads, and steps are larger;
+    twice as many programs then even out which SM is done first (measured on an H100, 64 x 4 heads
+    over 16384 keys: 365 us instead of 410).
 
     Args:
         head_dim: d. rows: query heads per key/value head, times query tokens; may be symbolic.
-        dtype: of q, k, v. capability: as for `forward_tile`.
+        pairs: batches times key/value heads; may be symbolic. dtype: of q, k, v. capability: as for
+            `forward_tile`. multiprocessors: of the GPU.
     """
     width = padded(head_dim)
     known = rows if type(rows) is int else _DECODE_ROWS
@@ -127,6 +198,8 @@ def decode_tile(
     most = _DECODE_ROWS if width <= 128 else _DECODE_ROWS // 2
     tile_rows = min(most, padded(known))
     warps = 8 if tile_rows * width > 64 * 64 else 4
+    if tile_rows == 16 and width <= 64 and type(pairs) is int and 2 * pairs >= multiprocessors:
+        return DecodeTile(rows=16, keys=128, warps=4, stages=min(stages, 2), programs=8)
     keys = 64 if width <= 128 else 32
     # Beside a large tile of rows, two stages fit twice into an SM of 228 KiB of shared memory, and
     # once into one of 100 KiB.
@@ -136,10 +209,9 @@ def decode_tile(
 
 
 _DECODE_ROWS = 64
-_PROGRAMS_PER_SM = 4
 
 
-def decode_splits(*, pairs: Any, keys: Any, tile_keys: int, multiprocessors: int) -> Splits:
+def decode_splits(*, pairs: Any, keys: Any, tile: DecodeTile, multiprocessors: int) -> Splits:
     """How many programs share the keys of one (batch, key/value head): enough to fill the GPU.
 
     A plain function of shapes, also of symbolic ones, on which it puts no guard: a captured CUDA
@@ -148,10 +220,10 @@ def decode_splits(*, pairs: Any, keys: Any, tile_keys: int, multiprocessors: int
 
     Args:
         pairs: batches times key/value heads times tiles of rows. keys: Tk.
-        tile_keys: keys a step. multiprocessors: of the GPU.
+        tile: of the kernel. multiprocessors: of the GPU.
     """
-    wanted = torch.sym_max(1, _PROGRAMS_PER_SM * multiprocessors // pairs)
-    return equal_splits(count=wanted, keys=keys, tile_keys=tile_keys)
+    wanted = torch.sym_max(1, tile.programs * multiprocessors // pairs)
+    return equal_splits(count=wanted, keys=keys, tile_keys=tile.keys)
 
 
 def equal_splits(*, count: Any, keys: Any, tile_keys: int) -> Splits:

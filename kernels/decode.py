@@ -677,15 +677,21 @@ def run(
         shared = one_head and (_is(queries, 1) or _is(mask_strides[2], 0))
 
     rows = group * queries
+    multiprocessors = _multiprocessors(q)
     tile = configs.decode_tile(
-        head_dim=d, rows=rows, dtype=q.dtype, capability=launch.capability(q)
+        head_dim=d,
+        rows=rows,
+        pairs=b * hk,
+        dtype=q.dtype,
+        capability=launch.capability(q),
+        multiprocessors=multiprocessors,
     )
     row_blocks = -(-rows // tile.rows)
     split = configs.decode_splits(
         pairs=b * hk * row_blocks,
         keys=keys,
-        tile_keys=tile.keys,
-        multiprocessors=_multiprocessors(q),
+        tile=tile,
+        multiprocessors=multiprocessors,
     )
     if splits is not None:
         split = configs.equal_splits(count=splits, keys=keys, tile_keys=tile.keys)

@@ -14,11 +14,14 @@ no atomics, and the same bits every time. dq starts from the sequence part's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
+from moda_compile.kernels.depth_backward_vector import depth_backward_vector_kernel
 from moda_compile.kernels.tiles import batched_dot, head_rows, slot_rows
 
 
@@ -251,6 +254,8 @@ def run(
     *,
     accumulate: bool,
     scale: float,
+    products: configs.Products | None = None,
+    tile: configs.Tile | None = None,
 ) -> Tensor:
     """Gradients of the depth part.
 
@@ -262,6 +267,7 @@ def run(
         grad_key, grad_value: [N >= S, B, Hk, T, d], any strides, the same for both; rows i < S are
             overwritten or, with accumulate, added to. No other row is touched.
         scale: factor of every score.
+        products, tile: as for `depth_forward.run`.
 
     Returns:
         the query's whole gradient [B, Hq, T, d], in [B, T, Hq, d] memory order.
@@ -270,12 +276,34 @@ def run(
     hk = slots.kv_heads
     group = hq // hk
     grad_query = launch.token_major_empty(q, q.shape)
-    tile = configs.backward_tile(
-        head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
-    )
-    grid = (-(-t // tile.tokens) * b * hk,)
+    align = launch.alignment(q, out, grad_out, sequence_grad_query, grad_query)
+    grad_align = launch.alignment(grad_key, grad_value)
+    slot_align = slots.align
+    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype)
+    kernel: Any = depth_backward_vector_kernel
+    if products == "vector":
+        # Tiles of equal accesses, in elements, lie in the same threads.
+        size, grad_size = q.element_size(), grad_key.element_size()
+        width = min(slot_align // size, grad_align // grad_size)
+        slot_align, grad_align = width * size, width * grad_size
+        tile = tile or configs.vector_backward_tile(head_dim=d, group=group, width=width)
+        blocks = b * -(-t * hk // tile.tokens)
+        own = dict(ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slot_align))
+    else:
+        kernel = depth_backward_kernel
+        tile = tile or configs.backward_tile(
+            head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
+        )
+        blocks = -(-t // tile.tokens) * b * hk
+        own = dict(
+            PADDED_GROUP=configs.padded(group),
+            TOKENS=tile.tokens,
+            ALIGN=align,
+            EMULATED=launch.EMULATED,
+            num_stages=tile.stages,
+        )
     with launch.on_device(q):
-        launch.launchable(depth_backward_kernel, slots.traced)[grid](
+        launch.launchable(kernel, slots.traced)[(blocks,)](
             q,
             out,
             grad_out,
@@ -301,20 +329,16 @@ def run(
             *slots.value_strides,
             *grad_key.stride(),
             GROUP=group,
-            PADDED_GROUP=configs.padded(group),
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
-            TOKENS=tile.tokens,
             SLOTS=tile.slots,
             COLUMNS=tiles.TABLE_COLUMNS,
             TABLE=slots.is_table,
             UNIFORM=slots.is_uniform,
             ACCUMULATE=accumulate,
-            ALIGN=launch.alignment(q, out, grad_out, sequence_grad_query, grad_query),
-            SLOT_ALIGN=slots.align,
-            GRAD_ALIGN=launch.alignment(grad_key, grad_value),
-            EMULATED=launch.EMULATED,
+            SLOT_ALIGN=slot_align,
+            GRAD_ALIGN=grad_align,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            **own,
         )
     return grad_query

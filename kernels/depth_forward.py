@@ -11,12 +11,15 @@ softmax as one more key: score lse_seq, value out_seq. A program handles TOKENS 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
+from moda_compile.kernels.depth_forward_vector import depth_forward_vector_kernel
 from moda_compile.kernels.tiles import batched_dot, head_rows, slot_rows
 
 
@@ -192,7 +195,14 @@ def depth_forward_kernel(
 
 
 def run(
-    q: Tensor, sequence_out: Tensor, sequence_lse: Tensor, slots: slot_table.Slots, scale: float
+    q: Tensor,
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    slots: slot_table.Slots,
+    scale: float,
+    *,
+    products: configs.Products | None = None,
+    tile: configs.Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the depth slots into a partial attention result.
 
@@ -202,6 +212,9 @@ def run(
         sequence_lse: log-sum-exp of its scores [B, Hq, T], natural log, float32.
         slots: the depth slots, stacked or as a table (see `slot_table`).
         scale: factor of every score.
+        products: "matrix" for the kernel above, "vector" for that of `depth_forward_vector`; by
+            default what `configs.products` says.
+        tile: by default what `configs` says.
 
     Returns:
         out [B, Hq, T, d] in [B, T, Hq, d] memory order and lse [B, Hq, T], float32, natural log.
@@ -211,12 +224,32 @@ def run(
     group = hq // hk
     out = launch.token_major_empty(q, q.shape)
     lse = q.new_empty((b, hq, t), dtype=torch.float32)
-    tile = configs.forward_tile(
-        head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
-    )
-    grid = (-(-t // tile.tokens) * b * hk,)
+    align = launch.alignment(q, sequence_out, out)
+    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype)
+    kernel: Any = depth_forward_vector_kernel
+    if products == "vector":
+        width = slots.align // q.element_size()
+        tile = tile or configs.vector_forward_tile(
+            head_dim=d, group=group, dtype=q.dtype, width=width
+        )
+        blocks = b * -(-t * hk // tile.tokens)
+        # Tiles of equal accesses lie in the same threads.
+        own = dict(ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slots.align))
+    else:
+        kernel = depth_forward_kernel
+        tile = tile or configs.forward_tile(
+            head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
+        )
+        blocks = -(-t // tile.tokens) * b * hk
+        own = dict(
+            PADDED_GROUP=configs.padded(group),
+            TOKENS=tile.tokens,
+            ALIGN=align,
+            EMULATED=launch.EMULATED,
+            num_stages=tile.stages,
+        )
     with launch.on_device(q):
-        launch.launchable(depth_forward_kernel, slots.traced)[grid](
+        launch.launchable(kernel, slots.traced)[(blocks,)](
             q,
             sequence_out,
             sequence_lse,
@@ -237,18 +270,14 @@ def run(
             *slots.key_strides,
             *slots.value_strides,
             GROUP=group,
-            PADDED_GROUP=configs.padded(group),
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
-            TOKENS=tile.tokens,
             SLOTS=tile.slots,
             COLUMNS=tiles.TABLE_COLUMNS,
             TABLE=slots.is_table,
             UNIFORM=slots.is_uniform,
-            ALIGN=launch.alignment(q, sequence_out, out),
             SLOT_ALIGN=slots.align,
-            EMULATED=launch.EMULATED,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            **own,
         )
     return out, lse

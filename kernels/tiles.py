@@ -3,10 +3,13 @@
 Names of tile axes: token (TOKENS of them a program), slot (SLOTS a step), head (the query heads of
 one key/value head, padded to PADDED_GROUP), and head_dim (padded to PADDED_DIM). Padding exists in
 registers only: a masked lane is never read or written.
+
+The vector kernels have tiles [row, head_dim] alone, a row being one (token, key/value head); slots
+and query heads are tuples of such tiles.
 """
 
-# The arguments of Triton functions have no Python types.
-# mypy: disable-error-code="no-untyped-def"
+# The arguments of Triton functions have no Python types, and their tuples grow.
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 
 from __future__ import annotations
 
@@ -70,7 +73,44 @@ def slot_rows(
     UNIFORM: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Addresses [token, slot] of the rows slot[batch, head, token, :].
+    """Addresses [token, slot] of the rows slot[batch, head, token, :]; slot and live are [slot]."""
+    start, stride_batch, stride_head, stride_token = slot_start(
+        base,
+        table,
+        slot,
+        live,
+        stride_slot,
+        stride_batch,
+        stride_head,
+        stride_token,
+        COLUMN,
+        COLUMNS,
+        TABLE,
+        UNIFORM,
+    )
+    start += batch * stride_batch + head * stride_head
+    if TABLE and not UNIFORM:
+        stride_token = stride_token[None, :]
+    rows = start[None, :] + token[:, None] * stride_token
+    return tl.multiple_of(rows, [ALIGN, ALIGN])
+
+
+@triton.jit
+def slot_start(
+    base,
+    table,
+    slot,
+    live,
+    stride_slot,
+    stride_batch,
+    stride_head,
+    stride_token,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """Address of slot[0, 0, 0, 0] and its (batch, head, token) strides; slot a number or [slot].
 
     STACKED (not TABLE): all slots lie stride_slot elements apart from base. TABLE: row `slot` of
     the table holds the slot's own address at COLUMN and, unless UNIFORM says that the scalar
@@ -79,17 +119,91 @@ def slot_rows(
     """
     if TABLE:
         entry = table + slot * COLUMNS + COLUMN
-        address = tl.load(entry, mask=live, other=0)
-        start = address.to(tl.pointer_type(base.dtype.element_ty))
-        if UNIFORM:
-            start += batch * stride_batch + head * stride_head
-            rows = start[None, :] + token[:, None] * stride_token
-        else:
-            start += batch * tl.load(entry + 1, mask=live, other=0)
-            start += head * tl.load(entry + 2, mask=live, other=0)
-            step = tl.load(entry + 3, mask=live, other=0)
-            rows = start[None, :] + token[:, None] * step[None, :]
+        start = tl.load(entry, mask=live, other=0).to(tl.pointer_type(base.dtype.element_ty))
+        if not UNIFORM:
+            stride_batch = tl.load(entry + 1, mask=live, other=0)
+            stride_head = tl.load(entry + 2, mask=live, other=0)
+            stride_token = tl.load(entry + 3, mask=live, other=0)
     else:
-        start = base + batch * stride_batch + head * stride_head
-        rows = start + slot[None, :] * stride_slot + token[:, None] * stride_token
-    return tl.multiple_of(rows, [ALIGN, ALIGN])
+        start = base + slot * stride_slot
+    return start, stride_batch, stride_head, stride_token
+
+
+@triton.jit
+def program_rows(tokens, kv_heads, ROWS: tl.constexpr):
+    """Which rows are this program's: the batch, and of each row (head, token, whether it exists).
+
+    The key/value heads of a token are neighbours, as they are in the memory of nearly every model:
+    programs that run at the same time read whole pages of it. No program has rows of two batches.
+    """
+    rows = tokens * kv_heads
+    blocks = tl.cdiv(rows, ROWS)
+    program = tl.program_id(0)
+    row = (program % blocks) * ROWS + tl.arange(0, ROWS)
+    token = row // kv_heads
+    head = row - token * kv_heads
+    return (program // blocks).to(tl.int64), head.to(tl.int64), token.to(tl.int64), row < rows
+
+
+@triton.jit
+def row_offsets(batch, head, token, strides):
+    """Where x[batch, head, token] lies: [row]; head and token are [row], strides the three of x."""
+    return batch * strides[0] + head * strides[1] + token * strides[2]
+
+
+@triton.jit
+def row_cells(base, batch, head, token, dim, strides, ALIGN: tl.constexpr):
+    """Addresses [row, head_dim] of base[batch, head, token, dim], the last stride 1.
+
+    ALIGN as in `head_rows`: a hint to the operation before it, which may not be another function's.
+    """
+    rows = base + row_offsets(batch, head, token, strides)
+    return tl.multiple_of(rows, [ALIGN])[:, None] + dim[None, :]
+
+
+@triton.jit
+def load_slots(
+    base,
+    table,
+    first,
+    slots,
+    batch,
+    head,
+    token,
+    dim,
+    live,
+    strides,
+    COLUMN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """The rows of SLOTS slots from `first` on: a tuple of tiles [row, head_dim], 0 past the last.
+
+    strides: (slot, batch, head, token). A slot's entry of the table is a number: a tile of entries
+    would have to change threads to meet the rows.
+    """
+    tiles = ()
+    for place in tl.static_range(SLOTS):
+        slot = tl.cast(first + place, tl.int64)
+        slot_live = slot < slots
+        start, stride_batch, stride_head, stride_token = slot_start(
+            base,
+            table,
+            slot,
+            slot_live,
+            strides[0],
+            strides[1],
+            strides[2],
+            strides[3],
+            COLUMN,
+            COLUMNS,
+            TABLE,
+            UNIFORM,
+        )
+        own = (stride_batch, stride_head, stride_token)
+        cells = row_cells(start, batch, head, token, dim, own, ALIGN)
+        tiles += (tl.load(cells, mask=live & slot_live, other=0.0),)
+    return tiles

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -21,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from moda_compile.kernels import configs, split  # noqa: E402
 from moda_compile.kernels import sequence as sequence_kernels  # noqa: E402
-from moda_compile.kernels import split  # noqa: E402
 from tests.kernels.script import report  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -118,15 +119,58 @@ def cases() -> Iterator[dict[str, Any]]:
         yield base | masked | dict(mode="list", dtype=dtype)
         yield base | masked | dict(mode="stacked", dtype=dtype)
         yield base | masked | dict(mode="merge", dtype=dtype)
-        yield base | masked | dict(mode="merge", dtype=dtype, layout="dim_major", s=17, g=3)
+        yield base | masked | dict(mode="merge", dtype=dtype, layout="dim_major", s=17, g=3, b=1)
     # Scores far below and above zero: nothing may overflow, in live or in padded slots.
     for mode in ("list", "stacked"):
         yield base | dict(mode=mode, dtype="fp32", acc="fp32", shift=40.0)
         yield base | dict(mode=mode, dtype="fp32", acc="fp32", shift=-40.0)
+    # The matrix kernels where the vector kernels are chosen.
+    matrix = base | dict(products="matrix", t=3)
+    for mode, dtype in itertools.product(("list", "stacked"), DTYPES):
+        accumulators = ("fp32", dtype) if mode == "list" and dtype != "fp32" else ("fp32",)
+        for acc in accumulators:
+            yield matrix | dict(mode=mode, dtype=dtype, acc=acc, s=17 if acc == "fp32" else 5)
+    for d, g in ((5, 1), (76, 1), (128, 3)):
+        yield matrix | dict(mode="list", dtype="bf16", acc="fp32", d=d, g=g, s=1, b=2)
+        yield matrix | dict(mode="stacked", dtype="fp16", acc="fp32", d=d, g=g)
+    for s, dtype in ((5, "bf16"), (17, "fp32")):
+        yield matrix | dict(mode="list", dtype=dtype, acc="fp32", s=s, mixed=True)
+    yield matrix | masked | dict(mode="merge", dtype="fp32", layout="dim_major", b=1)
+    yield matrix | dict(mode="list", dtype="fp32", acc="fp32", shift=40.0)
+    # The vector kernels for every group that they are for, at head dims that are no power of two,
+    # with tiles smaller and larger than what there is, loading ahead or not: (rows, slots, stages).
+    vector = base | dict(products="vector", t=3)
+    tiles = itertools.cycle((None, (4, 2, 2), (16, 4, 2), (2, 1, 1)))
+    sizes = itertools.cycle((76, 64, 70, 96, 80))
+    kinds = itertools.cycle(itertools.product(("list", "stacked", "merge", "list"), DTYPES))
+    for g, s in itertools.product((1, 2, 3, 4, 8), (1, 5, 17)):
+        mode, dtype = next(kinds)
+        part = dict(mode=mode, dtype=dtype, acc=dtype if g % 2 else "fp32", mixed=s == 5)
+        part |= dict(causal=mode != "merge", b=2 if s == 1 and g < 8 else 1)
+        yield vector | part | dict(g=g, s=s, d=next(sizes), tile=next(tiles))
+    yield vector | dict(mode="list", dtype="bf16", acc="bf16", d=256, hk=3, s=2, tile=(2, 4, 2))
+    yield vector | dict(mode="stacked", dtype="fp32", acc="fp32", d=64, t=23, tile=(8, 2, 1))
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Errors of the kernels and of eager low-precision PyTorch against float64, by name."""
+    chosen: dict[str, Any] = {}
+    if case.get("products"):
+        chosen["products"] = mock.Mock(return_value=case["products"])
+    if case.get("tile"):
+        rows, slots, stages = case["tile"]
+        tile = configs.Tile(tokens=rows, slots=slots, warps=1, stages=stages)
+        chosen |= dict.fromkeys(
+            ("vector_forward_tile", "vector_backward_tile"), mock.Mock(return_value=tile)
+        )
+    if not chosen:
+        return errors(case)
+    with mock.patch.multiple(configs, **chosen):
+        return errors(case)
+
+
+def errors(case: dict[str, Any]) -> dict[str, Any]:
+    """As `run`, by the kernels that `configs` chooses."""
     generator = torch.Generator().manual_seed(0)
     dtype, acc_dtype = DTYPES[case["dtype"]], DTYPES[case["acc"]]
     b, hk, t, d, s = (case[x] for x in ("b", "hk", "t", "d", "s"))

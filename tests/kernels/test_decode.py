@@ -6,6 +6,7 @@ Triton is imported.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -25,9 +26,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 pytest.importorskip("triton")
 
 from moda_compile.kernels import configs, decode, launch, slot_table  # noqa: E402
+from tests.kernels.compiled import POINTERS, compile_for_h100  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("decode_cases.py")
 EPS = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+CAPABILITIES = ((0, 0), (7, 5), (8, 6), (9, 0))
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 compiled_only = pytest.mark.skipif(launch.EMULATED, reason="the kernels are interpreted")
 
@@ -77,16 +80,36 @@ def test_layout_and_dtypes(lines: list[dict[str, Any]]) -> None:
         assert line["result"]["dtypes"] == [names[line["case"]["dtype"]], "torch.float32"]
 
 
+def tile_of(
+    head_dim: int,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    pairs: int = 8,
+    capability: tuple[int, int] = (9, 0),
+) -> configs.DecodeTile:
+    """Of a GPU with 132 SMs."""
+    return configs.decode_tile(
+        head_dim=head_dim,
+        rows=rows,
+        pairs=pairs,
+        dtype=dtype,
+        capability=capability,
+        multiprocessors=132,
+    )
+
+
 def test_splits_cover_every_key_once_and_fill_the_gpu() -> None:
     for pairs in (1, 3, 8, 24, 192, 1024):
+        tile = tile_of(64, 4, BF16, pairs=pairs)
         for keys in (0, 1, 63, 64, 65, 2048, 16384, 10**6):
-            parts = configs.decode_splits(pairs=pairs, keys=keys, tile_keys=64, multiprocessors=132)
+            parts = configs.decode_splits(pairs=pairs, keys=keys, tile=tile, multiprocessors=132)
             assert parts.count >= 1
-            assert parts.keys % 64 == 0
+            assert parts.keys % tile.keys == 0
             assert parts.count * parts.keys >= keys
             assert (parts.count - 1) * parts.keys < max(keys, 1)  # none is empty
-            assert parts.count == 1 or pairs * parts.count <= 4 * 132
-            if keys >= 16384 and pairs <= 4 * 132:
+            assert parts.count == 1 or pairs * parts.count <= tile.programs * 132
+            if keys >= 16384 and pairs <= tile.programs * 132:
                 assert pairs * parts.count >= 250
 
 
@@ -94,10 +117,8 @@ def test_tiles_fit_a_tensor_core_and_the_shared_memory() -> None:
     for head_dim in (1, 16, 24, 64, 80, 128, 192, 256):
         for rows in (1, 3, 16, 17, 48, 128, 512):
             for dtype in (BF16, FP16, FP32):
-                for capability in ((0, 0), (7, 5), (8, 6), (9, 0)):
-                    tile = configs.decode_tile(
-                        head_dim=head_dim, rows=rows, dtype=dtype, capability=capability
-                    )
+                for pairs, capability in itertools.product((1, 256), CAPABILITIES):
+                    tile = tile_of(head_dim, rows, dtype, pairs=pairs, capability=capability)
                     assert tile.rows >= 16
                     assert tile.keys >= 16
                     width = configs.padded(head_dim) * dtype.itemsize
@@ -159,27 +180,6 @@ def test_traces_with_fake_cuda_tensors(
 
 # Without a GPU the compiler still says whether it takes a kernel, and with what resources.
 
-POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.bool: "*i1", torch.float64: "*fp64"}
-
-
-def compile_for_h100(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **options: int
-) -> Any:
-    """The compiled kernel; every number but scale an int32, rows on 16-byte boundaries."""
-    compiler = pytest.importorskip("triton.compiler")
-    backends = pytest.importorskip("triton.backends.compiler")
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        signature[name] = pointers.get(name, "fp32" if name == "scale" else "i32")
-        signature[name] = "constexpr" if name in constants else signature[name]
-        row_stride = "stride" in name and not name.startswith(("mask", "lse"))
-        if name not in constants and (name in pointers or row_stride):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    target = backends.GPUTarget("cuda", 90, 32)
-    return compiler.compile(source, target=target, options=options)
-
 
 @compiled_only
 @pytest.mark.parametrize(
@@ -203,7 +203,9 @@ def test_split_kernel_compiles_for_an_h100(
     causal: bool,
     slots: str,
 ) -> None:
-    tile = configs.decode_tile(head_dim=head_dim, rows=rows, dtype=dtype, capability=(9, 0))
+    # Slots of three kinds over heads of three numbers: with 256, they alone fill the GPU.
+    pairs = {"listed": 256, "table": 8, "stacked": 24}[slots]
+    tile = tile_of(head_dim, rows, dtype, pairs=pairs)
     own = POINTERS[dtype]
     pointers = dict(query=own, key=own, value=own, mask=POINTERS.get(masked, own))
     pointers |= dict(slot_key=own, slot_value=own, partial="*fp32")

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton")
 
-from moda_compile.kernels import Lowering, launch, slot_table, split  # noqa: E402
+from moda_compile.kernels import Lowering, configs, launch, slot_table, split  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.EMULATED, reason="an interpreted kernel can't be traced")
 
@@ -138,6 +138,22 @@ def test_traces_with_symbolic_sizes(sequence: str, masked: torch.dtype | None) -
         assert isinstance(launch_arguments["grid"][0][0], Node)
         arguments = launch_arguments["kwargs"]
         assert (arguments["ALIGN"], arguments["SLOT_ALIGN"]) == (16, 16)
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize(("products", "block"), [("vector", "ROWS"), ("matrix", "TOKENS")])
+def test_either_kernel_traces(
+    products: str, block: str, symbolic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "products", lambda **_: products)
+    forward, backward, _, _ = trace("flash", torch.float16, 80, S, symbolic=symbolic)
+    for graph in (forward, backward):
+        (launch_arguments,) = launches(graph)
+        rows = T * HK if products == "vector" else T
+        programs = -(-rows // launch_arguments["kwargs"][block]) * B
+        programs *= 1 if products == "vector" else HK
+        assert symbolic or launch_arguments["grid"][0][0] == programs
+        assert isinstance(launch_arguments["kwargs"]["tokens"], Node) == symbolic
 
 
 def test_the_scale_reaches_the_attention_although_head_dim_is_padded() -> None:

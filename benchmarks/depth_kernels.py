@@ -1,0 +1,239 @@
+"""Time the kernels of the depth part alone against the memory's bandwidth, on this machine's GPU.
+
+    python benchmarks/depth_kernels.py [--shape B T HK G D S]... [--seconds 140]
+
+For each shape forward, and backward adding to float32 and to bfloat16 accumulators: with and
+without tensor cores, and with several tiles, best first. Times are of CUDA graphs; slots are bf16
+tensors [B, T, Hk, d] behind a table built beforehand. "floor" is what the bytes that must move cost
+at the bandwidth of a device copy. Every configuration's result is compared with plain PyTorch's
+first; one that fails is named and left out. The arrow marks what `kernels.configs` chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from torch import Tensor
+
+from moda_compile.kernels import configs, depth_backward, depth_forward, plain, slot_table
+
+DTYPE, BYTES = torch.bfloat16, 2
+ROUNDING = 2.0**-7  # of bf16 results, and of the matrix kernels' bf16 probabilities
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B, tokens T, kv_heads Hk, group G = Hq / Hk, head_dim d, slots S."""
+
+    batch: int
+    tokens: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    slots: int
+
+    def __str__(self) -> str:
+        return (
+            f"B={self.batch} T={self.tokens} Hk={self.kv_heads} G={self.group}"
+            f" d={self.head_dim} S={self.slots}"
+        )
+
+    def bytes(self, gradient_bytes: int | None) -> int:
+        """Bytes that a kernel must move, a forward one if gradient_bytes is None.
+
+        gradient_bytes: moved for each element of a slot's gradient.
+        """
+        rows = self.batch * self.tokens * self.kv_heads
+        slots = 2 * self.slots * rows * self.head_dim
+        query, lse = rows * self.group * self.head_dim * BYTES, rows * self.group * 4
+        if gradient_bytes is None:  # q, the sequence part's out, and out; lse in and out
+            return slots * BYTES + 3 * query + 2 * lse
+        # q, out, grad_out, the sequence part's dq, and dq
+        return slots * (BYTES + gradient_bytes) + 5 * query + lse
+
+
+SHAPES = (
+    Shape(8, 2048, 4, 4, 64, 11),
+    Shape(64, 2048, 3, 3, 64, 14),
+    Shape(8, 2048, 16, 1, 64, 12),
+    Shape(1, 2048, 16, 1, 64, 12),
+    Shape(8, 2048, 16, 1, 76, 8),
+    Shape(4, 4096, 8, 2, 64, 18),
+    Shape(1, 16384, 8, 2, 64, 64),
+    Shape(1, 4096, 8, 2, 128, 72),
+    Shape(1, 16384, 8, 8, 64, 64),
+)
+
+Configuration = tuple[configs.Products, configs.Tile | None]
+
+
+def configurations(shape: Shape, *, backward: bool) -> Iterator[Configuration]:
+    """What to time. (elements of a row in a thread, slots a step, warps, stages) of a tile; None is
+    what is chosen.
+    """
+    yield "vector", None
+    yield "matrix", None
+    if backward:
+        found = [(4, 1, 4, 1), (4, 1, 4, 2), (4, 2, 4, 1), (4, 2, 4, 2), (4, 1, 1, 2)]
+    elif shape.group <= 2:
+        found = [(8, 4, 4, 1), (8, 4, 1, 1), (8, 2, 4, 2), (4, 4, 4, 1), (4, 8, 4, 1), (4, 4, 4, 2)]
+    elif shape.group <= 4:
+        found = [(8, 4, 4, 1), (8, 2, 4, 2), (8, 2, 2, 1), (4, 4, 4, 1), (4, 4, 2, 2), (4, 2, 4, 2)]
+    else:
+        found = [(4, 2, 4, 1), (4, 1, 4, 2), (8, 2, 4, 1)]
+    for elements, slots, warps, stages in found:
+        rows = 32 * warps * elements // configs.padded(shape.head_dim)
+        yield "vector", configs.Tile(tokens=rows, slots=slots, warps=warps, stages=stages)
+    yield "matrix", configs.Tile(tokens=1, slots=16, warps=1, stages=1)
+
+
+def named(configuration: Configuration) -> str:
+    products, tile = configuration
+    if tile is None:
+        return f"{products} <- chosen tile"
+    tokens = "rows" if products == "vector" else "tokens"
+    return (
+        f"{products} {tokens}={tile.tokens:<2} slots={tile.slots:<2} warps={tile.warps}"
+        f" stages={tile.stages}"
+    )
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    return 1e3 * triton.testing.do_bench_cudagraph(call, rep=5, return_mode="median")
+
+
+def copy_bandwidth() -> float:
+    """Bytes a microsecond of a large device copy, read and written counted."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / microseconds(lambda: target.copy_(source))
+
+
+def rows(shape: Shape, heads: int) -> Tensor:
+    size = (shape.batch, shape.tokens, heads, shape.head_dim)
+    return torch.randn(size, device="cuda", dtype=DTYPE).transpose(1, 2)
+
+
+def check(got: Tensor, expected: Tensor, limit: float) -> None:
+    """Raise if ||got - expected|| / ||expected|| is more than the limit, or not a number."""
+    error = 0.0
+    size = 0.0
+    for x, y in zip(got.unbind(0), expected.unbind(0), strict=True):  # in less memory than at once
+        error += (x.float() - y.float()).square().sum().item()
+        size += y.float().square().sum().item()
+    if not error <= limit**2 * size:
+        raise AssertionError(f"result off by {(error / size) ** 0.5:.1e}")
+
+
+def time_kernel(
+    title: str,
+    shape: Shape,
+    floor: float,
+    call: Callable[..., Any],
+    verify: Callable[[Callable[[], Any]], None],
+    deadline: float,
+) -> None:
+    """Print the times of one kernel's configurations, best first.
+
+    call: takes products and tile. verify: calls what it is given, and raises if the result is off.
+    """
+    chosen = configs.products(head_dim=shape.head_dim, group=shape.group, dtype=DTYPE)
+    print(f"{shape}  {title}: floor {floor:.1f} us; {chosen} chosen", flush=True)
+    timed: list[tuple[float, str]] = []
+    for configuration in configurations(shape, backward=title != "forward"):
+        name = named(configuration)
+        if time.monotonic() > deadline:
+            print(f"    {name}: no time left")
+            continue
+        run = partial(call, products=configuration[0], tile=configuration[1])
+        try:
+            verify(run)
+            timed.append((microseconds(run), name))
+        except Exception as error:  # wrong, or more than this GPU has: the others go on
+            first = (str(error).splitlines() or [""])[0]
+            print(f"    {name}: {type(error).__name__}: {first[:100]}")
+    for taken, name in sorted(timed):
+        print(f"    {taken:9.1f} us  x{taken / floor:5.2f}  {name}", flush=True)
+
+
+def time_shape(shape: Shape, bandwidth: float, deadline: float) -> None:
+    """Print the tables of forward and of backward with either accumulator."""
+    hq = shape.kv_heads * shape.group
+    q, sequence_out, grad, sequence_dq = (rows(shape, hq) for _ in range(4))
+    sequence_lse = torch.randn(shape.batch, hq, shape.tokens, device="cuda") + 2
+    depth_k, depth_v = ([rows(shape, shape.kv_heads) for _ in range(shape.slots)] for _ in range(2))
+    table = slot_table.table(depth_k, depth_v)
+    scale = shape.head_dim**-0.5
+    out, lse = plain.forward(q, sequence_out, sequence_lse, depth_k, depth_v, scale)
+
+    def verify_forward(run: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        got_out, got_lse = run()
+        check(got_out, out, ROUNDING)
+        check(got_lse, lse, 1e-5)
+
+    call: Callable[..., Any] = partial(
+        depth_forward.run, q, sequence_out, sequence_lse, table, scale
+    )
+    floor = shape.bytes(None) / bandwidth
+    time_kernel("forward", shape, floor, call, verify_forward, deadline)
+
+    saved = (grad, q, out, lse, sequence_dq)
+    size = (shape.slots, 2, shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
+    for dtype in (torch.float32, DTYPE):
+        expected, got = (
+            torch.zeros(size, device="cuda", dtype=dtype).transpose(3, 4) for _ in range(2)
+        )
+        options: dict[str, Any] = dict(accumulate=True, scale=scale)
+        gradients = (expected[:, 0], expected[:, 1])
+        dq = plain.backward(*saved, depth_k, depth_v, *gradients, **options)
+        verify = partial(verify_backward, dq, got, expected)
+        call = partial(depth_backward.run, *saved, table, got[:, 0], got[:, 1], **options)
+        title = f"backward += {str(dtype).removeprefix('torch.')}"
+        floor = shape.bytes(2 * dtype.itemsize) / bandwidth
+        time_kernel(title, shape, floor, call, verify, deadline)
+
+
+def verify_backward(dq: Tensor, got: Tensor, expected: Tensor, run: Callable[[], Tensor]) -> None:
+    got.zero_()  # timing another configuration has added to it
+    check(run(), dq, ROUNDING)
+    check(got, expected, ROUNDING)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--shape", type=int, nargs=6, action="append", metavar=("B", "T", "HK", "G", "D", "S")
+    )
+    parser.add_argument("--seconds", type=float, default=140, help="start nothing new after that")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("depth_kernels: no CUDA device.")
+    deadline = time.monotonic() + arguments.seconds
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__};"
+        f" copy {bandwidth / 1e6:.2f} TB/s; median of CUDA graphs, {DTYPE}, table of slots"
+    )
+    shapes = [Shape(*sizes) for sizes in arguments.shape] if arguments.shape else SHAPES
+    for shape in shapes:
+        if time.monotonic() > deadline:
+            print(f"{shape}: no time left")
+            continue
+        time_shape(shape, bandwidth, deadline)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Forward of the depth part for small groups: `depth_forward` without tensor cores.
+
+A tensor-core product takes 16 query heads; where a key/value head has few of its own, most of the
+product is padding, and its operands take the registers that loads on their way would need. Here a
+program handles ROWS rows, one (token, key/value head) each, in tiles [row, head_dim] of which a
+thread loads 16 bytes. A score is a sum over the few threads of a row; the slots of a step and the
+query heads of the group are tuples, so no value changes threads for them, and 3 heads cost 3.
+Launched by `depth_forward.run`.
+"""
+
+# The arguments of Triton functions have no Python types, and their tuples grow.
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moda_compile.kernels.tiles import load_slots, program_rows, row_cells, row_offsets
+
+
+@triton.jit
+def depth_forward_vector_kernel(
+    query,
+    sequence_out,
+    sequence_lse,
+    out,
+    lse,
+    key,
+    value,
+    table,
+    slots,
+    tokens,
+    kv_heads,
+    scale,
+    query_stride_batch,
+    query_stride_head,
+    query_stride_token,
+    sequence_stride_batch,
+    sequence_stride_head,
+    sequence_stride_token,
+    sequence_lse_stride_batch,
+    sequence_lse_stride_head,
+    sequence_lse_stride_token,
+    out_stride_batch,
+    out_stride_head,
+    out_stride_token,
+    lse_stride_batch,
+    lse_stride_head,
+    lse_stride_token,
+    key_stride_slot,
+    key_stride_batch,
+    key_stride_head,
+    key_stride_token,
+    value_stride_slot,
+    value_stride_batch,
+    value_stride_head,
+    value_stride_token,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SLOT_ALIGN: tl.constexpr,
+):
+    """Write out and lse of the joint softmax; arguments as of `depth_forward_kernel`."""
+    LN2: tl.constexpr = 0.6931471805599453
+    LOG2E: tl.constexpr = 1.4426950408889634
+    batch, kv_head, token, row_live = program_rows(tokens, kv_heads, ROWS)
+    dim = tl.arange(0, PADDED_DIM)
+    live = row_live[:, None] & (dim < HEAD_DIM)[None, :]
+    factor = tl.cast(scale, tl.float32) * LOG2E
+    query_strides = (query_stride_batch, query_stride_head, query_stride_token)
+    sequence_strides = (sequence_stride_batch, sequence_stride_head, sequence_stride_token)
+    sequence_lse_strides = (
+        sequence_lse_stride_batch,
+        sequence_lse_stride_head,
+        sequence_lse_stride_token,
+    )
+    out_strides = (out_stride_batch, out_stride_head, out_stride_token)
+    lse_strides = (lse_stride_batch, lse_stride_head, lse_stride_token)
+    key_strides = (key_stride_slot, key_stride_batch, key_stride_head, key_stride_token)
+    value_strides = (value_stride_slot, value_stride_batch, value_stride_head, value_stride_token)
+
+    # Online softmax in base 2, for each query head: running maximum, sum of 2^(z - maximum), and
+    # weighted values. The sequence part is the first element: z = lse_seq, weight 1, value out_seq.
+    q, total, maximum, weight = (), (), (), ()
+    for member in tl.static_range(GROUP):
+        head = kv_head * GROUP + member
+        cells = row_cells(query, batch, head, token, dim, query_strides, ALIGN)
+        q += (tl.load(cells, mask=live, other=0.0).to(tl.float32) * factor,)
+        cells = row_cells(sequence_out, batch, head, token, dim, sequence_strides, ALIGN)
+        total += (tl.load(cells, mask=live, other=0.0).to(tl.float32),)
+        entries = sequence_lse + row_offsets(batch, head, token, sequence_lse_strides)
+        maximum += (tl.load(entries, mask=row_live, other=0.0) * LOG2E,)
+        weight += (tl.full([ROWS], 1.0, tl.float32),)
+
+    # The assembler moves a load down to where its value is used, where it waits alone. What the
+    # next turn of the loop takes it leaves together, and on its way during this turn (AHEAD).
+    k = load_slots(
+        key, table, 0, slots, batch, kv_head, token, dim, live, key_strides, 0,
+        SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+    )  # fmt: skip
+    v = load_slots(
+        value, table, 0, slots, batch, kv_head, token, dim, live, value_strides, 4,
+        SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+    )  # fmt: skip
+    for first in range(0, slots, SLOTS):
+        coming = first + SLOTS if AHEAD else first
+        coming_k = load_slots(
+            key, table, coming, slots, batch, kv_head, token, dim, live, key_strides, 0,
+            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        coming_v = load_slots(
+            value, table, coming, slots, batch, kv_head, token, dim, live, value_strides, 4,
+            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        if not AHEAD:
+            k, v = coming_k, coming_v
+        new_total, new_maximum, new_weight = (), (), ()
+        for member in tl.static_range(GROUP):
+            z = ()
+            most = maximum[member]
+            for place in tl.static_range(SLOTS):
+                score = tl.sum(k[place].to(tl.float32) * q[member], 1)
+                score = tl.where(first + place < slots, score, float("-inf"))
+                most = tl.maximum(most, score)
+                z += (score,)
+            shrink = tl.exp2(maximum[member] - most)
+            sum_p = weight[member] * shrink
+            sum_pv = total[member] * shrink[:, None]
+            for place in tl.static_range(SLOTS):
+                p = tl.exp2(z[place] - most)
+                sum_p += p
+                sum_pv += p[:, None] * v[place].to(tl.float32)
+            new_maximum += (most,)
+            new_weight += (sum_p,)
+            new_total += (sum_pv,)
+        maximum, weight, total = new_maximum, new_weight, new_total
+        k, v = coming_k, coming_v
+
+    for member in tl.static_range(GROUP):
+        head = kv_head * GROUP + member
+        cells = row_cells(out, batch, head, token, dim, out_strides, ALIGN)
+        mean = total[member] / weight[member][:, None]
+        tl.store(cells, mean.to(out.dtype.element_ty), mask=live)
+        entries = lse + row_offsets(batch, head, token, lse_strides)
+        tl.store(entries, (maximum[member] + tl.log2(weight[member])) * LN2, mask=row_live)

@@ -1,0 +1,156 @@
+"""The vector kernels of the depth part: when they are chosen, and what the compiler makes of them.
+
+Their results are tested in test_interpreter.py, how they are traced in test_tracing.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moda_compile.kernels import (  # noqa: E402
+    configs,
+    depth_backward_vector,
+    depth_forward_vector,
+    launch,
+)
+from tests.kernels.compiled import POINTERS, compile_for_h100, resources  # noqa: E402
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+HEAD_DIMS = (1, 16, 64, 70, 76, 80, 96, 128, 192, 256)
+
+
+def test_small_groups_are_multiplied_without_tensor_cores() -> None:
+    def chosen(group: int, head_dim: int, dtype: torch.dtype) -> str:
+        return configs.products(head_dim=head_dim, group=group, dtype=dtype)
+
+    for head_dim in HEAD_DIMS:
+        for dtype in (BF16, FP16, FP32):
+            assert all(chosen(group, head_dim, dtype) == "vector" for group in (1, 2, 3, 4))
+            assert chosen(16, head_dim, dtype) == "matrix"
+        assert chosen(8, head_dim, BF16) == "matrix"
+    assert chosen(8, 128, FP32) == "vector"
+    assert chosen(8, 256, FP32) == "matrix"
+
+
+def test_no_two_warps_share_a_row() -> None:
+    forward = partial(configs.vector_forward_tile, dtype=BF16)
+    for choose in (forward, configs.vector_backward_tile):
+        for head_dim in HEAD_DIMS:
+            for width in (1, 2, 4, 8):
+                for group in (1, 4, 8):
+                    tile = choose(head_dim=head_dim, group=group, width=width)
+                    assert tile.tokens & (tile.tokens - 1) == 0
+                    assert tile.warps <= tile.tokens
+                    if tile.warps > 1:
+                        assert configs.padded(head_dim) <= 32 * width * (1 + (choose is forward))
+
+
+# Without a GPU the compiler still says whether it takes a kernel, and with what resources.
+
+compiled_only = pytest.mark.skipif(launch.EMULATED, reason="the kernels are interpreted")
+
+
+def constants(head_dim: int, group: int, tile: configs.Tile, table: bool) -> dict[str, Any]:
+    return dict(
+        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
+        SLOTS=tile.slots, AHEAD=tile.stages > 1, COLUMNS=8, TABLE=table, UNIFORM=True,
+    )  # fmt: skip
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group", "table", "registers"),
+    [
+        (BF16, 64, 1, True, 64),
+        (BF16, 64, 3, True, 128),
+        (BF16, 64, 4, False, 128),
+        (BF16, 76, 1, True, 80),
+        (FP16, 128, 2, True, 96),
+        (BF16, 256, 4, True, 128),
+        (FP32, 64, 8, True, 128),
+    ],
+    ids=str,
+)
+def test_forward_compiles_for_an_h100(
+    dtype: torch.dtype, head_dim: int, group: int, table: bool, registers: int, tmp_path: Path
+) -> None:
+    align = 8 if head_dim == 76 else 16
+    width = align // dtype.itemsize
+    tile = configs.vector_forward_tile(head_dim=head_dim, group=group, dtype=dtype, width=width)
+    names = ("query", "sequence_out", "out", "key", "value")
+    pointers = dict.fromkeys(names, POINTERS[dtype])
+    pointers |= dict.fromkeys(("sequence_lse", "lse"), "*fp32")
+    pointers["table"] = "*i64" if table else POINTERS[dtype]
+    made = compile_for_h100(
+        depth_forward_vector.depth_forward_vector_kernel,
+        pointers,
+        constants(head_dim, group, tile, table) | dict(ALIGN=align, SLOT_ALIGN=align),
+        num_warps=tile.warps,
+    )
+    # Loads as wide as the rows allow: of q and out for each head, of K and V for each slot.
+    access = "ld.global.v4.b32" if align == 16 else "ld.global.v2.b32"
+    steps = 2 if tile.stages > 1 else 1  # the first step's, and in the loop the next one's
+    accesses = tile.tokens * configs.padded(head_dim) // (32 * tile.warps * width)
+    assert made.asm["ptx"].count(access) == 2 * (group + steps * tile.slots) * accesses
+    assert "tt.dot" not in made.asm["ttgir"]
+    # Only a head's lse changes threads, to be stored.
+    assert made.asm["ttgir"].count("ttg.convert_layout") <= group
+    assert made.metadata.shared <= 4 * tile.tokens
+    used = resources(made, tmp_path)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert used["REG"] <= registers
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("dtype", "accumulator", "head_dim", "group", "table", "registers"),
+    [
+        (BF16, FP32, 64, 1, True, 96),
+        (BF16, FP32, 64, 3, True, 128),
+        (BF16, BF16, 64, 4, True, 128),
+        (BF16, FP32, 76, 1, True, 96),
+        (FP16, None, 128, 2, False, 128),
+        (BF16, FP32, 256, 4, True, 224),
+        (FP32, FP32, 64, 8, True, 224),
+    ],
+    ids=str,
+)
+def test_backward_compiles_for_an_h100(
+    dtype: torch.dtype,
+    accumulator: torch.dtype | None,
+    head_dim: int,
+    group: int,
+    table: bool,
+    registers: int,
+    tmp_path: Path,
+) -> None:
+    grad = accumulator or dtype
+    width = min((8 if head_dim == 76 else 16) // dtype.itemsize, 16 // grad.itemsize)
+    tile = configs.vector_backward_tile(head_dim=head_dim, group=group, width=width)
+    names = ("query", "out", "grad_out", "sequence_grad_query", "grad_query", "key", "value")
+    pointers = dict.fromkeys(names, POINTERS[dtype]) | {"lse": "*fp32"}
+    pointers |= dict.fromkeys(("grad_key", "grad_value"), POINTERS[grad])
+    pointers["table"] = "*i64" if table else POINTERS[dtype]
+    aligned = dict.fromkeys(("ALIGN", "SLOT_ALIGN"), width * dtype.itemsize)
+    aligned["GRAD_ALIGN"] = width * grad.itemsize
+    own = dict(ACCUMULATE=accumulator is not None, grad_stride_dim=1)
+    made = compile_for_h100(
+        depth_backward_vector.depth_backward_vector_kernel,
+        pointers,
+        constants(head_dim, group, tile, table) | aligned | own,
+        num_warps=tile.warps,
+    )
+    assert "tt.dot" not in made.asm["ttgir"]
+    # Also beside float32 gradients every element stays in its thread.
+    assert "ttg.convert_layout" not in made.asm["ttgir"]
+    assert made.metadata.shared == 0
+    used = resources(made, tmp_path)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert used["REG"] <= registers
