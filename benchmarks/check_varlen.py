@@ -146,6 +146,7 @@ def main() -> int:
         dtype, window, kv_heads = case
         label = f"{str(dtype)[6:]} window {window} G{WIDTH // HEAD // kv_heads}"
         rows.append((label, *figures, "ok" if ok else "FAIL"))
+        print(*rows[-1], file=sys.stderr, flush=True)  # as they come: a run may be cut short
     print("\n".join(table(rows)))
     print(f"{good} of {len(cases)}")
     return int(good < len(cases))

@@ -211,23 +211,26 @@ def decode_tile(
 _DECODE_ROWS = 64
 
 
-def decode_splits(*, pairs: Any, keys: Any, tile: DecodeTile, multiprocessors: int) -> Splits:
-    """How many programs share the keys of one (batch, key/value head): enough to fill the GPU.
+def decode_splits(*, pairs: Any, tile: DecodeTile, multiprocessors: int) -> Any:
+    """How many programs may share the keys of one (batch, key/value head): enough to fill the GPU.
 
     A plain function of shapes, also of symbolic ones, on which it puts no guard: a captured CUDA
-    graph and a traced one replay what was decided here. Every split has at least one step's keys,
-    and there is at least one, of no keys if there are none.
+    graph and a traced one replay what was decided here. It does not depend on how many keys there
+    are: that grows with every token.
 
     Args:
-        pairs: batches times key/value heads times tiles of rows. keys: Tk.
+        pairs: batches times key/value heads times tiles of rows.
         tile: of the kernel. multiprocessors: of the GPU.
     """
-    wanted = torch.sym_max(1, tile.programs * multiprocessors // pairs)
-    return equal_splits(count=wanted, keys=keys, tile_keys=tile.keys)
+    return torch.sym_max(1, tile.programs * multiprocessors // pairs)
 
 
 def equal_splits(*, count: Any, keys: Any, tile_keys: int) -> Splits:
-    """At most `count` splits, each of as few whole steps as that takes."""
+    """At most `count` splits, each of as few whole steps of tile_keys keys as that takes.
+
+    Every split has at least one step's keys, and there is at least one, of no keys if there are
+    none.
+    """
     steps = -(-keys // tile_keys)
     each = torch.sym_max(1, -(-steps // count))
     return Splits(count=torch.sym_max(1, -(-steps // each)), keys=each * tile_keys)
@@ -242,14 +245,16 @@ def decode_slots(*, head_dim: int, dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 or padded(head_dim) > 128 else 32
 
 
-def merge_tile(*, head_dim: int) -> MergeTile:
+def merge_tile(*, head_dim: int, parts: Any) -> MergeTile:
     """Tile of the kernel that joins the parts of one row.
 
     A program's loads of one step are all on their way at once, so few large steps: [parts,
-    head_dim] tiles of 32 elements a thread.
+    head_dim] tiles of 32 elements a thread; of few parts with fewer threads.
 
     Args:
-        head_dim: d.
+        head_dim: d. parts: of a row at most; may be symbolic.
     """
-    warps = 4
-    return MergeTile(parts=max(16, min(64, 32 * 32 * warps // padded(head_dim))), warps=warps)
+    width, most = padded(head_dim), 64
+    step = min(most, padded(parts)) if type(parts) is int else most
+    step = max(16, min(step, 32 * 32 * 4 // width))
+    return MergeTile(parts=step, warps=max(1, min(4, step * width // (32 * 32))))

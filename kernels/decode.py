@@ -445,14 +445,18 @@ def decode_split_kernel(
 ):  # fmt: skip
     """Write t_C, m_C and w_C of one part: shapes as in `run`, strides in elements.
 
-    The first slot_programs programs have a chunk of SLOTS slots of one token, `chunks` to a token,
-    and SLOT_ROWS query heads of one key/value head; the others a split of the keys. partial: the
+    slot_programs of the programs have a chunk of SLOTS slots of one token, `chunks` to a token, and
+    SLOT_ROWS query heads of one key/value head; the others a split of the keys. partial: the
     results, [pair, row, part] entries of WIDTH, 1 and 1 numbers, one kind after the other; a row's
     parts are its splits, then its chunks. MASK: 0 none, 1 bool, 2 additive. SHARED_MASK: it is
     the same for all rows of a program. LISTED: k0, v0, .. are the addresses of the slots.
     """
-    program = tl.program_id(0)
-    if program < slot_programs:
+    # Slots are read in a moment that is all latency. Between the splits they cost next to nothing;
+    # all together in front they would keep every SM from its keys.
+    place = tl.program_id(0)
+    turn = tl.num_programs(0) // tl.maximum(slot_programs, 1)
+    program = place // turn
+    if (place % turn == 0) & (program < slot_programs):
         slot = (program % chunks) * SLOTS + tl.arange(0, SLOTS)
         key_start = slot
         value_start = slot
@@ -515,7 +519,7 @@ def decode_split_kernel(
         )
     else:
         _split_part(
-            program - slot_programs,
+            place - tl.minimum(program + 1, slot_programs),
             query,
             key,
             value,
@@ -687,14 +691,11 @@ def run(
         multiprocessors=multiprocessors,
     )
     row_blocks = -(-rows // tile.rows)
-    split = configs.decode_splits(
-        pairs=b * hk * row_blocks,
-        keys=keys,
-        tile=tile,
-        multiprocessors=multiprocessors,
-    )
-    if splits is not None:
-        split = configs.equal_splits(count=splits, keys=keys, tile_keys=tile.keys)
+    if splits is None:
+        splits = configs.decode_splits(
+            pairs=b * hk * row_blocks, tile=tile, multiprocessors=multiprocessors
+        )
+    split = configs.equal_splits(count=splits, keys=keys, tile_keys=tile.keys)
     slot_tile = configs.decode_slots(head_dim=d, dtype=q.dtype)
     read = slots or slot_table.none(q)
     chunks = -(-read.count // slot_tile)
@@ -706,7 +707,7 @@ def run(
     entries = b * hk * rows * parts
     partial = q.new_empty((entries * (width + 2),), dtype=torch.float32)
     traced = launch.is_traced(q) if slots is None else slots.traced
-    joining = configs.merge_tile(head_dim=d)
+    joining = configs.merge_tile(head_dim=d, parts=splits + chunks)
     with launch.on_device(q):
         launch.launchable(decode_split_kernel, traced)[
             (slot_programs + b * hk * split.count * row_blocks,)

@@ -103,7 +103,8 @@ def test_splits_cover_every_key_once_and_fill_the_gpu() -> None:
     for pairs in (1, 3, 8, 24, 192, 1024):
         tile = tile_of(64, 4, BF16, pairs=pairs)
         for keys in (0, 1, 63, 64, 65, 2048, 16384, 10**6):
-            parts = configs.decode_splits(pairs=pairs, keys=keys, tile=tile, multiprocessors=132)
+            count = configs.decode_splits(pairs=pairs, tile=tile, multiprocessors=132)
+            parts = configs.equal_splits(count=count, keys=keys, tile_keys=tile.keys)
             assert parts.count >= 1
             assert parts.keys % tile.keys == 0
             assert parts.count * parts.keys >= keys
@@ -230,9 +231,12 @@ def test_split_kernel_compiles_for_an_h100(
 
 
 @compiled_only
-@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 64), (FP16, 256), (FP32, 80)], ids=str)
-def test_merge_kernel_compiles_for_an_h100(dtype: torch.dtype, head_dim: int) -> None:
-    tile = configs.merge_tile(head_dim=head_dim)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "parts"), [(BF16, 64, 5), (FP16, 256, 200), (FP32, 80, 33)], ids=str
+)
+def test_merge_kernel_compiles_for_an_h100(dtype: torch.dtype, head_dim: int, parts: int) -> None:
+    tile = configs.merge_tile(head_dim=head_dim, parts=parts)
+    assert tile.parts >= min(parts, 16)
     pointers = dict(out=POINTERS[dtype], partial="*fp32", lse="*fp32")
     constants: dict[str, Any] = dict(
         GROUP=3, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), WIDTH=head_dim,
