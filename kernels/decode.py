@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
+from moda_compile.kernels.slot_table import listed_number
 from moda_compile.kernels.tiles import slot_rows
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
@@ -60,33 +61,6 @@ def _added(bias):
         bias = bias.to(tl.float32)
     huge = (bias < -16777216.0) & (bias != float("-inf"))
     return tl.where(huge, -1267650600228229401496703205376.0, bias).to(tl.float32)
-
-
-@triton.jit
-def _listed(
-    slot,
-    a0, a1, a2, a3, a4, a5, a6, a7,
-    a8, a9, a10, a11, a12, a13, a14, a15,
-    a16, a17, a18, a19, a20, a21, a22, a23,
-    a24, a25, a26, a27, a28, a29, a30, a31,
-):  # fmt: skip
-    """The address with the number `slot`, for each of a tensor of numbers."""
-    low = _of_eight(slot, a0, a1, a2, a3, a4, a5, a6, a7)
-    second = _of_eight(slot - 8, a8, a9, a10, a11, a12, a13, a14, a15)
-    third = _of_eight(slot - 16, a16, a17, a18, a19, a20, a21, a22, a23)
-    high = _of_eight(slot - 24, a24, a25, a26, a27, a28, a29, a30, a31)
-    return tl.where(slot < 16, tl.where(slot < 8, low, second), tl.where(slot < 24, third, high))
-
-
-@triton.jit
-def _of_eight(slot, a0, a1, a2, a3, a4, a5, a6, a7):
-    address = tl.where(slot == 1, tl.cast(a1, tl.int64), tl.cast(a0, tl.int64))
-    address = tl.where(slot == 2, tl.cast(a2, tl.int64), address)
-    address = tl.where(slot == 3, tl.cast(a3, tl.int64), address)
-    address = tl.where(slot == 4, tl.cast(a4, tl.int64), address)
-    address = tl.where(slot == 5, tl.cast(a5, tl.int64), address)
-    address = tl.where(slot == 6, tl.cast(a6, tl.int64), address)
-    return tl.where(slot == 7, tl.cast(a7, tl.int64), address)
 
 
 @triton.jit
@@ -369,7 +343,7 @@ def _split_part(
 # nor must an address. (A mask's last stride is specialised for: 16 bytes are loaded at once.)
 _GROWING = ["keys", "splits", "entries", "slots", "chunks", "slot_programs"]
 _MASK_STRIDES = ["mask_stride_batch", "mask_stride_head", "mask_stride_query"]
-_ADDRESSES = [f"{side}{i}" for side in ("k", "v") for i in range(slot_table.MOST_LISTED)]
+_ADDRESSES = [f"{side}{i}" for side in ("k", "v") for i in range(slot_table.ROWS)]
 
 
 @triton.jit(do_not_specialize=_GROWING + _MASK_STRIDES + _ADDRESSES)
@@ -461,14 +435,14 @@ def decode_split_kernel(
         key_start = slot
         value_start = slot
         if LISTED:
-            key_start = _listed(
+            key_start = listed_number(
                 slot,
                 k0, k1, k2, k3, k4, k5, k6, k7,
                 k8, k9, k10, k11, k12, k13, k14, k15,
                 k16, k17, k18, k19, k20, k21, k22, k23,
                 k24, k25, k26, k27, k28, k29, k30, k31,
             )  # fmt: skip
-            value_start = _listed(
+            value_start = listed_number(
                 slot,
                 v0, v1, v2, v3, v4, v5, v6, v7,
                 v8, v9, v10, v11, v12, v13, v14, v15,
@@ -737,7 +711,7 @@ def run(
             *mask_strides,
             *read.key_strides,
             *read.value_strides,
-            *(read.addresses or (0,) * (2 * slot_table.MOST_LISTED)),
+            *(read.addresses or (0,) * (2 * slot_table.ROWS)),
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),

@@ -20,7 +20,7 @@ EMULATED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # no GPU; the operator behind it doesn't. (Indexing is the same: narrow and select are used here.)
 contiguous = torch.ops.aten.contiguous.default
 
-_WIDEST_ACCESS = 16  # bytes; the widest load a GPU thread can make
+WIDEST_ACCESS = 16  # bytes; the widest load a GPU thread can make
 
 
 def capability(x: Tensor) -> tuple[int, int]:
@@ -90,15 +90,15 @@ def alignment(*tensors: Tensor) -> int:
 
 def _alignment(x: Tensor) -> int:
     size = x.element_size()
-    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    steps: list[Any] = [stride * size for n, stride in outer if not _is_one(n)]
+    steps: list[Any] = [
+        stride * size for n, stride in zip(x.shape[:-1], x.stride(), strict=False) if not _is_one(n)
+    ]
     if _is_plain(x):
-        steps.append(x.data_ptr())
-    else:
-        steps.append(x.storage_offset() * size)
+        return math.gcd(WIDEST_ACCESS, x.data_ptr(), *steps)
+    steps.append(x.storage_offset() * size)
     if all(type(step) is int for step in steps):
-        return math.gcd(_WIDEST_ACCESS, *steps)
-    width = _WIDEST_ACCESS
+        return math.gcd(WIDEST_ACCESS, *steps)
+    width = WIDEST_ACCESS
     while width > size and not all(statically_known_true(s % width == 0) for s in steps):
         width //= 2
     return width

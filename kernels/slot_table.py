@@ -11,6 +11,7 @@ that gets the addresses as launch arguments: a copy from the host would not surv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,11 +22,9 @@ from torch import Tensor
 
 from moda_compile.kernels import launch, tiles
 
-ROWS = 16
-"""Slots written by one launch of `fill_rows_kernel`."""
-
-MOST_LISTED = 32
-"""Slots whose addresses a kernel can take as arguments instead of a table; see `listed`."""
+ROWS = 32
+"""Slots written by one launch of `fill_rows_kernel`, or whose addresses a kernel can take as
+arguments of its own instead of a table; see `listed`."""
 
 _Strides = tuple[int, ...]
 
@@ -80,20 +79,34 @@ def stacked(depth_k: Tensor, depth_v: Tensor) -> Slots:
 
 
 @triton.jit
-def _put_row(table, live, row, key, value, kb, kh, kt, vb, vh, vt, COLUMNS: tl.constexpr):
-    entry = table + row * COLUMNS
-    tl.store(entry, tl.cast(key, tl.int64), mask=live)
-    tl.store(entry + 1, tl.cast(kb, tl.int64), mask=live)
-    tl.store(entry + 2, tl.cast(kh, tl.int64), mask=live)
-    tl.store(entry + 3, tl.cast(kt, tl.int64), mask=live)
-    tl.store(entry + 4, tl.cast(value, tl.int64), mask=live)
-    tl.store(entry + 5, tl.cast(vb, tl.int64), mask=live)
-    tl.store(entry + 6, tl.cast(vh, tl.int64), mask=live)
-    tl.store(entry + 7, tl.cast(vt, tl.int64), mask=live)
+def listed_number(
+    place,
+    a0, a1, a2, a3, a4, a5, a6, a7,
+    a8, a9, a10, a11, a12, a13, a14, a15,
+    a16, a17, a18, a19, a20, a21, a22, a23,
+    a24, a25, a26, a27, a28, a29, a30, a31,
+):  # fmt: skip
+    """a0, a1, .. a31 (int64): the one at each of the places 0 .. 31."""
+    low = _of_eight(place, a0, a1, a2, a3, a4, a5, a6, a7)
+    second = _of_eight(place - 8, a8, a9, a10, a11, a12, a13, a14, a15)
+    third = _of_eight(place - 16, a16, a17, a18, a19, a20, a21, a22, a23)
+    high = _of_eight(place - 24, a24, a25, a26, a27, a28, a29, a30, a31)
+    return tl.where(place < 16, tl.where(place < 8, low, second), tl.where(place < 24, third, high))
+
+
+@triton.jit
+def _of_eight(place, a0, a1, a2, a3, a4, a5, a6, a7):
+    address = tl.where(place == 1, tl.cast(a1, tl.int64), tl.cast(a0, tl.int64))
+    address = tl.where(place == 2, tl.cast(a2, tl.int64), address)
+    address = tl.where(place == 3, tl.cast(a3, tl.int64), address)
+    address = tl.where(place == 4, tl.cast(a4, tl.int64), address)
+    address = tl.where(place == 5, tl.cast(a5, tl.int64), address)
+    address = tl.where(place == 6, tl.cast(a6, tl.int64), address)
+    return tl.where(place == 7, tl.cast(a7, tl.int64), address)
 
 
 _PARAMETERS = ["table", "count", "kb", "kh", "kt", "vb", "vh", "vt"]
-_PARAMETERS += [f"{name}{i}" for i in range(ROWS) for name in ("r", "k", "v")]
+_PARAMETERS += [f"{name}{i}" for name in ("r", "k", "v") for i in range(ROWS)]
 
 
 # Addresses and strides are plain numbers that differ from call to call: specialising the compiled
@@ -101,103 +114,168 @@ _PARAMETERS += [f"{name}{i}" for i in range(ROWS) for name in ("r", "k", "v")]
 @triton.jit(do_not_specialize=_PARAMETERS)
 def fill_rows_kernel(
     table, count, kb, kh, kt, vb, vh, vt,
-    r0, k0, v0, r1, k1, v1, r2, k2, v2, r3, k3, v3,
-    r4, k4, v4, r5, k5, v5, r6, k6, v6, r7, k7, v7,
-    r8, k8, v8, r9, k9, v9, r10, k10, v10, r11, k11, v11,
-    r12, k12, v12, r13, k13, v13, r14, k14, v14, r15, k15, v15,
+    r0, r1, r2, r3, r4, r5, r6, r7,
+    r8, r9, r10, r11, r12, r13, r14, r15,
+    r16, r17, r18, r19, r20, r21, r22, r23,
+    r24, r25, r26, r27, r28, r29, r30, r31,
+    k0, k1, k2, k3, k4, k5, k6, k7,
+    k8, k9, k10, k11, k12, k13, k14, k15,
+    k16, k17, k18, k19, k20, k21, k22, k23,
+    k24, k25, k26, k27, k28, k29, k30, k31,
+    v0, v1, v2, v3, v4, v5, v6, v7,
+    v8, v9, v10, v11, v12, v13, v14, v15,
+    v16, v17, v18, v19, v20, v21, v22, v23,
+    v24, v25, v26, v27, v28, v29, v30, v31,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write up to 16 rows of equal strides: for each its number, key and value address."""
-    _put_row(table, count > 0, r0, k0, v0, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 1, r1, k1, v1, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 2, r2, k2, v2, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 3, r3, k3, v3, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 4, r4, k4, v4, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 5, r5, k5, v5, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 6, r6, k6, v6, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 7, r7, k7, v7, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 8, r8, k8, v8, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 9, r9, k9, v9, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 10, r10, k10, v10, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 11, r11, k11, v11, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 12, r12, k12, v12, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 13, r13, k13, v13, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 14, r14, k14, v14, kb, kh, kt, vb, vh, vt, COLUMNS)
-    _put_row(table, count > 15, r15, k15, v15, kb, kh, kt, vb, vh, vt, COLUMNS)
+    """Write up to 32 rows of equal strides: for each its number, key and value address."""
+    place = tl.arange(0, 32)
+    row = listed_number(
+        place,
+        r0, r1, r2, r3, r4, r5, r6, r7,
+        r8, r9, r10, r11, r12, r13, r14, r15,
+        r16, r17, r18, r19, r20, r21, r22, r23,
+        r24, r25, r26, r27, r28, r29, r30, r31,
+    )  # fmt: skip
+    key = listed_number(
+        place,
+        k0, k1, k2, k3, k4, k5, k6, k7,
+        k8, k9, k10, k11, k12, k13, k14, k15,
+        k16, k17, k18, k19, k20, k21, k22, k23,
+        k24, k25, k26, k27, k28, k29, k30, k31,
+    )  # fmt: skip
+    value = listed_number(
+        place,
+        v0, v1, v2, v3, v4, v5, v6, v7,
+        v8, v9, v10, v11, v12, v13, v14, v15,
+        v16, v17, v18, v19, v20, v21, v22, v23,
+        v24, v25, v26, v27, v28, v29, v30, v31,
+    )  # fmt: skip
+    live = place < count
+    entry = table + row * COLUMNS
+    tl.store(entry, key, mask=live)
+    tl.store(entry + 1, tl.cast(kb, tl.int64), mask=live)
+    tl.store(entry + 2, tl.cast(kh, tl.int64), mask=live)
+    tl.store(entry + 3, tl.cast(kt, tl.int64), mask=live)
+    tl.store(entry + 4, value, mask=live)
+    tl.store(entry + 5, tl.cast(vb, tl.int64), mask=live)
+    tl.store(entry + 6, tl.cast(vh, tl.int64), mask=live)
+    tl.store(entry + 7, tl.cast(vt, tl.int64), mask=live)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Separate:
+    """Slots that are separate tensors, read once: what the host does here it does for every slot of
+    every layer in every step, and a step of few tokens is not much longer.
+
+    keys, values: with rows of stride 1. addresses: of each slot, its key's and value's. groups:
+    numbers of the slots of equal strides (batch, head, token), of keys and then of values.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    addresses: list[tuple[int, int]]
+    groups: dict[_Strides, list[int]]
+    align: int
+
+
+def _separate(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> _Separate:
+    *sizes, head_dim = depth_k[0].shape
+    keys, values = list(depth_k), list(depth_v)
+    addresses: list[tuple[int, int]] = []
+    found: dict[tuple[_Strides, _Strides], list[int]] = {}
+    bits = 0  # set in some address
+    for slot, (key, value) in enumerate(zip(keys, values, strict=True)):
+        strides = key.stride(), value.stride()
+        if head_dim > 1 and (strides[0][-1] != 1 or strides[1][-1] != 1):
+            keys[slot], values[slot] = key, value = launch.unit_rows(key), launch.unit_rows(value)
+            strides = key.stride(), value.stride()
+        address = key.data_ptr(), value.data_ptr()
+        bits |= address[0] | address[1]
+        addresses.append(address)
+        found.setdefault(strides, []).append(slot)
+    groups: dict[_Strides, list[int]] = {}
+    for (of_key, of_value), members in found.items():
+        groups.setdefault(_strides(sizes, of_key) + _strides(sizes, of_value), []).extend(members)
+    steps = [stride * keys[0].element_size() for strides in groups for stride in strides]
+    return _Separate(
+        keys=keys,
+        values=values,
+        addresses=addresses,
+        groups=groups,
+        # Of a power of two: the lowest bit that is set in any address decides.
+        align=math.gcd(launch.WIDEST_ACCESS, bits, *steps),
+    )
 
 
 def table(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
-    """Slots that are separate tensors: builds their table on the device, in ceil(S / 16) launches
+    """Slots that are separate tensors: builds their table on the device, in ceil(S / 32) launches
     for each distinct pair of strides (one in most models).
 
     Args:
         depth_k, depth_v: S >= 1 tensors [B, Hk, T, d] of one shape, dtype and device; any strides.
     """
-    keys = [launch.unit_rows(x) for x in depth_k]
-    values = [launch.unit_rows(x) for x in depth_v]
-    rows = torch.empty((len(keys), tiles.TABLE_COLUMNS), dtype=torch.int64, device=keys[0].device)
-    groups: dict[_Strides, list[int]] = {}
-    for slot, (key, value) in enumerate(zip(keys, values, strict=True)):
-        groups.setdefault(_strides(key) + _strides(value), []).append(slot)
+    return _table(_separate(depth_k, depth_v))
+
+
+def _table(slots: _Separate) -> Slots:
+    first_key = slots.keys[0]
+    rows = torch.empty(
+        (len(slots.keys), tiles.TABLE_COLUMNS), dtype=torch.int64, device=first_key.device
+    )
     with launch.on_device(rows):
-        for strides, members in groups.items():
+        for strides, members in slots.groups.items():
             for first in range(0, len(members), ROWS):
                 chunk = members[first : first + ROWS]
-                arguments: list[int] = []
-                for slot in chunk:
-                    arguments += (slot, keys[slot].data_ptr(), values[slot].data_ptr())
                 # The unused rows repeat the chunk's first: same argument types, masked out.
-                arguments += arguments[:3] * (ROWS - len(chunk))
+                padded = chunk + chunk[:1] * (ROWS - len(chunk))
                 fill_rows_kernel[(1,)](
-                    rows, len(chunk), *strides, *arguments, COLUMNS=tiles.TABLE_COLUMNS, num_warps=1
+                    rows,
+                    len(chunk),
+                    *strides,
+                    *padded,
+                    *(slots.addresses[slot][0] for slot in padded),
+                    *(slots.addresses[slot][1] for slot in padded),
+                    COLUMNS=tiles.TABLE_COLUMNS,
+                    num_warps=1,
                 )
-    strides = next(iter(groups))
-    return Slots(
-        count=len(keys),
-        kv_heads=keys[0].shape[1],
-        key=keys[0],
-        value=values[0],
-        table=rows,
-        key_strides=(0, *strides[:3]),
-        value_strides=(0, *strides[3:]),
-        is_table=True,
-        is_uniform=len(groups) == 1,
-        align=launch.alignment(*keys, *values),
-        traced=False,
-        keep=(*keys, *values),
-    )
+    return _slots(slots, table=rows, is_table=True)
 
 
 def listed(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
     """Slots that are separate tensors, for a kernel that can take their addresses as arguments: no
-    table has to be written. More than `MOST_LISTED`, or slots of different strides, get a table.
+    table has to be written. More than `ROWS`, or slots of different strides, get a table.
 
     Args:
         depth_k, depth_v: as for `table`.
     """
-    keys = [launch.unit_rows(x) for x in depth_k]
-    values = [launch.unit_rows(x) for x in depth_v]
-    strides = {_strides(key) + _strides(value) for key, value in zip(keys, values, strict=True)}
-    if len(keys) > MOST_LISTED or len(strides) > 1:
-        return table(keys, values)
-    (own,) = strides
-    addresses = [[x.data_ptr() for x in side] for side in (keys, values)]
+    slots = _separate(depth_k, depth_v)
+    if len(slots.keys) > ROWS or len(slots.groups) > 1:
+        return _table(slots)
     # The rest repeats the first: same argument types, never read.
-    padded = [x + x[:1] * (MOST_LISTED - len(x)) for x in addresses]
+    padded = slots.addresses + slots.addresses[:1] * (ROWS - len(slots.keys))
+    keys, values = zip(*padded, strict=True)
+    return _slots(slots, table=slots.keys[0], is_table=False, addresses=keys + values)
+
+
+def _slots(
+    slots: _Separate, *, table: Tensor, is_table: bool, addresses: tuple[int, ...] = ()
+) -> Slots:
+    strides = next(iter(slots.groups))
     return Slots(
-        count=len(keys),
-        kv_heads=keys[0].shape[1],
-        key=keys[0],
-        value=values[0],
-        table=keys[0],
-        key_strides=(0, *own[:3]),
-        value_strides=(0, *own[3:]),
-        is_table=False,
-        is_uniform=True,
-        align=launch.alignment(*keys, *values),
+        count=len(slots.keys),
+        kv_heads=slots.keys[0].shape[1],
+        key=slots.keys[0],
+        value=slots.values[0],
+        table=table,
+        key_strides=(0, *strides[:3]),
+        value_strides=(0, *strides[3:]),
+        is_table=is_table,
+        is_uniform=len(slots.groups) == 1,
+        align=slots.align,
         traced=False,
-        addresses=(*padded[0], *padded[1]),
-        keep=(*keys, *values),
+        addresses=addresses,
+        keep=(*slots.keys, *slots.values),
     )
 
 
@@ -218,6 +296,6 @@ def none(like: Tensor) -> Slots:
     )
 
 
-def _strides(x: Tensor) -> _Strides:
+def _strides(sizes: Sequence[int], strides: _Strides) -> _Strides:
     """(batch, head, token) strides; 0 where the size is 1, so that equal layouts compare equal."""
-    return tuple(s if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return tuple(s if n > 1 else 0 for n, s in zip(sizes, strides, strict=False))
