@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("patterns", "kernels"),
     ("report", "stacked", "markers", "cost"),
-    ("ops",),
+    ("ops", "varlen"),
     ("config", "fx"),
     ("errors",),
 )
@@ -39,7 +39,7 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 OPEN_INSIDE = {"patterns", "kernels", "testing"}
 # Calls into kernels happen when an op runs, so these import them inside a function: importing
 # moda_compile doesn't load Triton.
-LAZY_UP = {("ops", "kernels")}
+LAZY_UP = {("ops", "kernels"), ("varlen", "kernels")}
 LAZY_ONLY = "kernels"  # nobody above imports it at module level
 FILE_LIMIT = 500
 
