@@ -2,8 +2,9 @@
 
     python benchmarks/depth_kernels.py [--shape B T HK G D S]... [--seconds 140]
 
-For each shape forward, and backward adding to float32 and to bfloat16 accumulators: with and
-without tensor cores, and with several tiles, best first. Times are of CUDA graphs; slots are bf16
+For each shape forward; backward adding to float32 and to bfloat16 accumulators; backward without
+the slots' gradients, and these gathered, for two slots read by S layers: with and without tensor
+cores, and with several tiles, best first. Times are of CUDA graphs; slots are bf16
 tensors [B, T, Hk, d] behind a table built beforehand. "floor" is what the bytes that must move cost
 at the bandwidth of a device copy. Every configuration's result is compared with plain PyTorch's
 first; one that fails is named and left out. The arrow marks what `kernels.configs` chooses.
@@ -26,7 +27,15 @@ import torch
 import triton
 from torch import Tensor
 
-from moda_compile.kernels import configs, depth_backward, depth_forward, plain, slot_table
+from moda_compile.kernels import (
+    configs,
+    depth_backward,
+    depth_forward,
+    depth_gather,
+    joint,
+    plain,
+    slot_table,
+)
 
 DTYPE, BYTES = torch.bfloat16, 2
 ROUNDING = 2.0**-7  # of bf16 results, and of the matrix kernels' bf16 probabilities
@@ -62,6 +71,14 @@ class Shape:
         # q, out, grad_out, the sequence part's dq, and dq
         return slots * (BYTES + gradient_bytes) + 5 * query + lse
 
+    def gather_bytes(self) -> int:
+        """Bytes that gathering must move: q and grad_out, lse and delta of S readers; K, V and
+        their gradients of two slots.
+        """
+        rows = self.batch * self.tokens * self.kv_heads
+        reader = 2 * rows * self.group * (self.head_dim * BYTES + 4)
+        return self.slots * reader + 2 * 4 * rows * self.head_dim * BYTES
+
 
 SHAPES = (
     Shape(8, 2048, 4, 4, 64, 11),
@@ -78,13 +95,19 @@ SHAPES = (
 Configuration = tuple[configs.Products, configs.Tile | None]
 
 
-def configurations(shape: Shape, *, backward: bool) -> Iterator[Configuration]:
+def configurations(shape: Shape, title: str) -> Iterator[Configuration]:
     """What to time. (elements of a row in a thread, slots a step, warps, stages) of a tile; None is
-    what is chosen.
+    what is chosen. Of the gathering kernel the slots are readers.
     """
     yield "vector", None
+    if title == "gather":
+        found = [(4, 1, 4, 2), (4, 2, 4, 2), (8, 1, 4, 2), (8, 2, 4, 2), (2, 2, 4, 2), (4, 4, 4, 2)]
+        yield from _tiles(shape, found)
+        return
     yield "matrix", None
-    if backward:
+    if title == "backward, no slots":
+        found = [(8, 2, 4, 1), (8, 2, 4, 2), (8, 4, 4, 1), (4, 2, 4, 2), (4, 4, 4, 2), (4, 4, 4, 1)]
+    elif title != "forward":
         found = [(4, 1, 4, 1), (4, 1, 4, 2), (4, 2, 4, 1), (4, 2, 4, 2), (4, 1, 1, 2)]
     elif shape.group <= 2:
         found = [(8, 4, 4, 1), (8, 4, 1, 1), (8, 2, 4, 2), (4, 4, 4, 1), (4, 8, 4, 1), (4, 4, 4, 2)]
@@ -92,10 +115,14 @@ def configurations(shape: Shape, *, backward: bool) -> Iterator[Configuration]:
         found = [(8, 4, 4, 1), (8, 2, 4, 2), (8, 2, 2, 1), (4, 4, 4, 1), (4, 4, 2, 2), (4, 2, 4, 2)]
     else:
         found = [(4, 2, 4, 1), (4, 1, 4, 2), (8, 2, 4, 1)]
-    for elements, slots, warps, stages in found:
-        rows = 32 * warps * elements // configs.padded(shape.head_dim)
-        yield "vector", configs.Tile(tokens=rows, slots=slots, warps=warps, stages=stages)
+    yield from _tiles(shape, found)
     yield "matrix", configs.Tile(tokens=1, slots=16, warps=1, stages=1)
+
+
+def _tiles(shape: Shape, found: list[tuple[int, int, int, int]]) -> Iterator[Configuration]:
+    for elements, slots, warps, stages in found:
+        rows = max(1, 32 * warps * elements // configs.padded(shape.head_dim))
+        yield "vector", configs.Tile(tokens=rows, slots=slots, warps=warps, stages=stages)
 
 
 def named(configuration: Configuration) -> str:
@@ -143,15 +170,18 @@ def time_kernel(
     call: Callable[..., Any],
     verify: Callable[[Callable[[], Any]], None],
     deadline: float,
+    only: str,
 ) -> None:
     """Print the times of one kernel's configurations, best first.
 
     call: takes products and tile. verify: calls what it is given, and raises if the result is off.
     """
+    if only not in title:
+        return
     chosen = configs.products(head_dim=shape.head_dim, group=shape.group, dtype=DTYPE)
     print(f"{shape}  {title}: floor {floor:.1f} us; {chosen} chosen", flush=True)
     timed: list[tuple[float, str]] = []
-    for configuration in configurations(shape, backward=title != "forward"):
+    for configuration in configurations(shape, title):
         name = named(configuration)
         if time.monotonic() > deadline:
             print(f"    {name}: no time left")
@@ -167,8 +197,8 @@ def time_kernel(
         print(f"    {taken:9.1f} us  x{taken / floor:5.2f}  {name}", flush=True)
 
 
-def time_shape(shape: Shape, bandwidth: float, deadline: float) -> None:
-    """Print the tables of forward and of backward with either accumulator."""
+def time_shape(shape: Shape, bandwidth: float, deadline: float, only: str) -> None:
+    """Print the tables of one shape's kernels."""
     hq = shape.kv_heads * shape.group
     q, sequence_out, grad, sequence_dq = (rows(shape, hq) for _ in range(4))
     sequence_lse = torch.randn(shape.batch, hq, shape.tokens, device="cuda") + 2
@@ -186,7 +216,7 @@ def time_shape(shape: Shape, bandwidth: float, deadline: float) -> None:
         depth_forward.run, q, sequence_out, sequence_lse, table, scale
     )
     floor = shape.bytes(None) / bandwidth
-    time_kernel("forward", shape, floor, call, verify_forward, deadline)
+    time_kernel("forward", shape, floor, call, verify_forward, deadline, only)
 
     saved = (grad, q, out, lse, sequence_dq)
     size = (shape.slots, 2, shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
@@ -196,18 +226,63 @@ def time_shape(shape: Shape, bandwidth: float, deadline: float) -> None:
         )
         options: dict[str, Any] = dict(accumulate=True, scale=scale)
         gradients = (expected[:, 0], expected[:, 1])
-        dq = plain.backward(*saved, depth_k, depth_v, *gradients, **options)
+        dq, _ = plain.backward(*saved, depth_k, depth_v, *gradients, **options)
         verify = partial(verify_backward, dq, got, expected)
         call = partial(depth_backward.run, *saved, table, got[:, 0], got[:, 1], **options)
         title = f"backward += {str(dtype).removeprefix('torch.')}"
         floor = shape.bytes(2 * dtype.itemsize) / bandwidth
-        time_kernel(title, shape, floor, call, verify, deadline)
+        time_kernel(title, shape, floor, call, verify, deadline, only)
+    del expected, got
+
+    call = partial(depth_backward.run, *saved, table, None, None, accumulate=False, scale=scale)
+    verify = partial(verify_query, dq, (grad.float() * out.float()).sum(-1))
+    floor = shape.bytes(0) / bandwidth
+    time_kernel("backward, no slots", shape, floor, call, verify, deadline, only)
+    time_gather(shape, bandwidth, depth_k[:2], depth_v[:2], deadline, only)
 
 
-def verify_backward(dq: Tensor, got: Tensor, expected: Tensor, run: Callable[[], Tensor]) -> None:
+def time_gather(
+    shape: Shape,
+    bandwidth: float,
+    keys: list[Tensor],
+    values: list[Tensor],
+    deadline: float,
+    only: str,
+) -> None:
+    """Print the table of two slots' gradients, read by S layers and by S - 1."""
+    hq = shape.kv_heads * shape.group
+    queries, grads = ([rows(shape, hq) for _ in range(shape.slots)] for _ in range(2))
+    size = (shape.batch, hq, shape.tokens)
+    lses = [torch.randn(size, device="cuda") + 4 for _ in queries]
+    deltas = [torch.randn(size, device="cuda") for _ in queries]
+    arguments = (grads, queries, lses, deltas, keys, values, (shape.slots, shape.slots - 1))
+    options: dict[str, Any] = dict(scale=shape.head_dim**-0.5, dtype=DTYPE)
+    if "gather" not in only and only:
+        return
+    expected = joint.gather(*arguments, **options)
+
+    def call(*, products: str, tile: configs.Tile | None) -> Tensor:
+        return depth_gather.run(*arguments, **options, tile=tile)
+
+    def verify(run: Callable[[], Tensor]) -> None:
+        check(run(), expected, ROUNDING)
+
+    floor = shape.gather_bytes() / bandwidth
+    time_kernel("gather", shape, floor, call, verify, deadline, only)
+
+
+def verify_backward(
+    dq: Tensor, got: Tensor, expected: Tensor, run: Callable[[], tuple[Tensor, Tensor | None]]
+) -> None:
     got.zero_()  # timing another configuration has added to it
-    check(run(), dq, ROUNDING)
+    check(run()[0], dq, ROUNDING)
     check(got, expected, ROUNDING)
+
+
+def verify_query(dq: Tensor, delta: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    got, got_delta = run()
+    check(got, dq, ROUNDING)
+    check(got_delta, delta, 1e-5)
 
 
 def main() -> None:
@@ -216,6 +291,7 @@ def main() -> None:
         "--shape", type=int, nargs=6, action="append", metavar=("B", "T", "HK", "G", "D", "S")
     )
     parser.add_argument("--seconds", type=float, default=140, help="start nothing new after that")
+    parser.add_argument("--only", default="", help="the kernels whose title contains this text")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("depth_kernels: no CUDA device.")
@@ -231,7 +307,7 @@ def main() -> None:
         if time.monotonic() > deadline:
             print(f"{shape}: no time left")
             continue
-        time_shape(shape, bandwidth, deadline)
+        time_shape(shape, bandwidth, deadline, arguments.only)
         torch.cuda.empty_cache()
 
 

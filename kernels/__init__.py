@@ -29,14 +29,19 @@ if __name__ != "moda_compile.kernels":
 
     sys.modules[__name__] = _Elsewhere(__name__)
 
-__all__ = ["Lowering", "available_sequence_kernels", "choose", "choose_merge"]
+__all__ = ["Lowering", "available_sequence_kernels", "choose", "choose_merge", "gathers"]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _CUDNN_MAX_HEAD_DIM = 128  # on every GPU it serves
 _MAX_HEAD_DIM = 256  # of the depth kernels and of flash attention
+_MAX_GATHER_GROUP = 4
 MAX_DECODE_QUERIES = 16
 """The most query tokens that `decode` serves. There every 64 rows (tokens times the heads of one
 key head) walk the keys anew, and attention kernels for many queries do better."""
+
+GATHERED_SLOTS = 2
+"""Slots whose gradients one launch gathers: when a layer's backward has run, its own slot's are
+complete, and so are those of the slot before it."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,25 @@ def choose_merge(*, device_type: str, dtype: torch.dtype, head_dim: int) -> Lowe
     if obstacle is not None:
         return Lowering("plain", "given", obstacle)
     return Lowering("split", "given", "the attention's own out and lse, then the depth kernel.")
+
+
+def gathers(*, device_type: str, dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Whether a backward pass that is one graph gathers slots' gradients, or adds them up.
+
+    For each pair of a layer and a slot, adding up reads and writes the gradient: 8 passes over a
+    slot's K in float32. Gathering reads q and do instead, 2 group passes, for GATHERED_SLOTS at
+    once; but dq then takes K and V once more than adding up does. On a CPU the arithmetic counts,
+    and adding up has less.
+
+    Args:
+        device_type: of the inputs. dtype: of q, k, v. head_dim: d. group: query heads per key head.
+    """
+    from moda_compile.kernels import configs
+
+    served = device_type == "cuda" and _depth_obstacle(dtype, head_dim) is None
+    few = group <= _MAX_GATHER_GROUP
+    products = configs.products(head_dim=head_dim, group=group, dtype=dtype)
+    return served and few and products == "vector"
 
 
 @functools.lru_cache(maxsize=256)

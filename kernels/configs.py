@@ -87,6 +87,24 @@ def vector_backward_tile(*, head_dim: int, group: int, width: int) -> Tile:
     return _rows(head_dim, min(width, 4), slots=2 if group <= 2 else 1, stages=2)
 
 
+def vector_query_tile(*, head_dim: int, group: int, width: int) -> Tile:
+    """Tile of the backward vector kernel without the slots' gradients; arguments as for
+    `vector_forward_tile`.
+    """
+    return _rows(head_dim, width if group <= 2 else min(width, 4), slots=2, stages=2)
+
+
+def gather_tile(*, head_dim: int, group: int, width: int) -> Tile:
+    """Tile of the gather kernel, which keeps k, v, dk and dv of its slots in registers; its slots
+    are the readers a step.
+
+    Args:
+        head_dim: d. group: query heads per key/value head.
+        width: as for `vector_backward_tile`.
+    """
+    return _rows(head_dim, min(width, 4), slots=2 if group == 1 else 1, stages=2)
+
+
 def _rows(head_dim: int, width: int, *, slots: int, stages: int) -> Tile:
     # A row that several warps share would be summed through shared memory.
     warps = 4 if padded(head_dim) // width <= 32 else 1

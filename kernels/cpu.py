@@ -124,8 +124,61 @@ def backward(
         dq [B, Hq, T, d], and the sequence part's dk, dv [B, Hk, T, d]; token-major in memory.
         The mask's gradient, in its shape and dtype, or None.
     """
+    return _backward(
+        grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator, is_causal, scale, mask,
+        mask_gradient,
+    )[:4]  # fmt: skip
+
+
+def query_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+    mask_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """:func:`backward` but for the gradients of the slots, S >= 1, which `gather` computes.
+
+    Returns:
+        dq, dk, dv and the mask's gradient, as :func:`backward`; delta = do . o [B, Hq, T], in the
+        dtype of lse, contiguous.
+    """
+    return _backward(
+        grad_out, q, k, v, depth_k, depth_v, out, lse, None, is_causal, scale, mask, mask_gradient
+    )
+
+
+gather = joint.gather
+
+
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    accumulator: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    mask: Tensor | None,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """dq, dk, dv, dmask, and delta where there are slots; adds to the accumulator, if any."""
+    delta = torch.empty_like(lse)
     if q.numel() == 0:
-        return _empty(q), _empty(k), _empty(v), masks.no_gradient(mask) if mask_gradient else None
+        dmask = masks.no_gradient(mask) if mask_gradient else None
+        return _empty(q), _empty(k), _empty(v), dmask, delta
     is_causal, mask = masks.aligned(q, k, is_causal, mask)
     query, factor, sign = _positive(q, scale)
     bias = _bias(mask, q)
@@ -147,9 +200,8 @@ def backward(
     if mask is not None and mask_gradient:
         dmask = masks.gradient(grad, q, k, v, out, sequence_lse, mask, scale)
     if depth_k:
-        assert accumulator is not None
-        dq = _depth_backward(grad_out, q, depth_k, depth_v, out, lse, accumulator, dq, scale)
-    return _token_major(dq), _token_major(dk), _token_major(dv), dmask
+        dq, delta = _depth_backward(grad_out, q, depth_k, depth_v, out, lse, accumulator, dq, scale)
+    return _token_major(dq), _token_major(dk), _token_major(dv), dmask, delta
 
 
 def merge_backward(
@@ -166,12 +218,48 @@ def merge_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`merge`: of sequence_out, sequence_lse and q; accumulator as above."""
-    if q.numel() == 0:
-        return _empty(q), torch.empty_like(sequence_lse), _empty(q)
-    dq = _depth_backward(grad_out, q, depth_k, depth_v, out, lse, accumulator, None, scale)
-    return *joint.sequence_gradients(grad_out, sequence_out, sequence_lse, out, lse), _token_major(
-        dq
+    return _merge_backward(
+        grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, accumulator, scale
+    )[:3]
+
+
+def merge_query_backward(
+    grad_out: Tensor,
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`merge_backward` but for the gradients of the slots, and delta, as `query_backward`."""
+    return _merge_backward(
+        grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, None, scale
     )
+
+
+def _merge_backward(
+    grad_out: Tensor,
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    accumulator: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of sequence_out, sequence_lse and q, and delta; adds to the accumulator, if any."""
+    if q.numel() == 0:
+        dlse = torch.empty_like(sequence_lse)
+        return _empty(q), dlse, _empty(q), torch.empty_like(lse)
+    dq, delta = _depth_backward(grad_out, q, depth_k, depth_v, out, lse, accumulator, None, scale)
+    of_sequence = joint.sequence_gradients(grad_out, sequence_out, sequence_lse, out, lse)
+    return *of_sequence, _token_major(dq), delta
 
 
 def _depth_backward(
@@ -181,11 +269,11 @@ def _depth_backward(
     depth_v: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
-    accumulator: Tensor,
+    accumulator: Tensor | None,
     sequence_grad_query: Tensor | None,
     scale: float,
-) -> Tensor:
-    """dq of sequence and depth together; adds to the accumulator."""
+) -> tuple[Tensor, Tensor]:
+    """dq of sequence and depth together, and delta; adds to the accumulator, if any."""
     b, hq, t, d = q.shape
     hk = depth_k[0].shape[1]
     grouped = (b, hk, hq // hk, t)
@@ -203,9 +291,11 @@ def _depth_backward(
         p = (query * key).sum(-1).mul_(scale).sub_(lse).exp_()
         dz = (grad * value).sum(-1).sub_(delta).mul_(p).mul_(scale)
         dquery.addcmul_(dz.unsqueeze(-1), key)
+        if accumulator is None:
+            continue
         accumulator[slot, 0].add_((dz.unsqueeze(-1) * query).sum(2))
         accumulator[slot, 1].add_((p.unsqueeze(-1) * grad).sum(2))
-    return dquery.reshape(q.shape).to(q.dtype)
+    return dquery.reshape(q.shape).to(q.dtype), delta.reshape(q.shape[:3]).contiguous()
 
 
 def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,6 +34,7 @@ def depth_backward_kernel(
     sequence_grad_query,
     grad_query,
     lse,
+    delta_out,
     key,
     value,
     table,
@@ -82,13 +84,16 @@ def depth_backward_kernel(
     COLUMNS: tl.constexpr,
     TABLE: tl.constexpr,
     UNIFORM: tl.constexpr,
+    GRADIENTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     ALIGN: tl.constexpr,
     SLOT_ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Write grad_query, and write or (ACCUMULATE) add to grad_key and grad_value; see `run`."""
+    """Write grad_query and delta_out, or (GRADIENTS) grad_query and write or (ACCUMULATE) add to
+    grad_key and grad_value; see `run`.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(tokens, TOKENS)
     program = tl.program_id(0)
@@ -133,6 +138,9 @@ def depth_backward_kernel(
     )
     do = tl.load(grad_out_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 2)  # [token, head]
+    if not GRADIENTS:
+        delta_rows = (batch * kv_heads * GROUP + head[None, :]) * tokens + token[:, None]
+        tl.store(delta_out + delta_rows, delta, mask=head_live)
     lse_rows = (
         lse
         + batch * lse_stride_batch
@@ -195,23 +203,24 @@ def depth_backward_kernel(
         # The factor `scale` enters after the products, so that dz stays in float16's range.
         dz = (p * (dp - delta[:, None, :])).to(q.dtype)
         dq += batched_dot(tl.permute(dz, (0, 2, 1)), k, EMULATED)
-        dk = batched_dot(dz, q, EMULATED) * factor
-        dv = batched_dot(p.to(q.dtype), do, EMULATED)
-        grad_rows = (
-            batch * grad_stride_batch
-            + kv_head * grad_stride_head
-            + slot[None, :] * grad_stride_slot
-            + token[:, None] * grad_stride_token
-        )
-        grad_key_rows = tl.multiple_of(grad_key + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
-        grad_value_rows = tl.multiple_of(grad_value + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
-        key_cells = grad_key_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
-        value_cells = grad_value_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
-        if ACCUMULATE:
-            dk += tl.load(key_cells, mask=load_live, other=0.0).to(tl.float32)
-            dv += tl.load(value_cells, mask=load_live, other=0.0).to(tl.float32)
-        tl.store(key_cells, dk.to(grad_key.dtype.element_ty), mask=load_live)
-        tl.store(value_cells, dv.to(grad_value.dtype.element_ty), mask=load_live)
+        if GRADIENTS:
+            dk = batched_dot(dz, q, EMULATED) * factor
+            dv = batched_dot(p.to(q.dtype), do, EMULATED)
+            grad_rows = (
+                batch * grad_stride_batch
+                + kv_head * grad_stride_head
+                + slot[None, :] * grad_stride_slot
+                + token[:, None] * grad_stride_token
+            )
+            grad_key_rows = tl.multiple_of(grad_key + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
+            grad_value_rows = tl.multiple_of(grad_value + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
+            key_cells = grad_key_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
+            value_cells = grad_value_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
+            if ACCUMULATE:
+                dk += tl.load(key_cells, mask=load_live, other=0.0).to(tl.float32)
+                dv += tl.load(value_cells, mask=load_live, other=0.0).to(tl.float32)
+            tl.store(key_cells, dk.to(grad_key.dtype.element_ty), mask=load_live)
+            tl.store(value_cells, dv.to(grad_value.dtype.element_ty), mask=load_live)
 
     sequence_rows = head_rows(
         sequence_grad_query,
@@ -249,14 +258,14 @@ def run(
     lse: Tensor,
     sequence_grad_query: Tensor,
     slots: slot_table.Slots,
-    grad_key: Tensor,
-    grad_value: Tensor,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
     *,
     accumulate: bool,
     scale: float,
     products: configs.Products | None = None,
     tile: configs.Tile | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of the depth part.
 
     Args:
@@ -265,18 +274,27 @@ def run(
         lse: joint log-sum-exp [B, Hq, T], natural log, float32.
         slots: the S depth slots.
         grad_key, grad_value: [N >= S, B, Hk, T, d], any strides, the same for both; rows i < S are
-            overwritten or, with accumulate, added to. No other row is touched.
+            overwritten or, with accumulate, added to. No other row is touched. Or None for both:
+            the slots' gradients are left to `depth_gather`.
         scale: factor of every score.
         products, tile: as for `depth_forward.run`.
 
     Returns:
-        the query's whole gradient [B, Hq, T, d], in [B, T, Hq, d] memory order.
+        the query's whole gradient [B, Hq, T, d], in [B, T, Hq, d] memory order; without grad_key
+        also delta [B, Hq, T], float32, contiguous.
     """
     b, hq, t, d = q.shape
     hk = slots.kv_heads
     group = hq // hk
     grad_query = launch.token_major_empty(q, q.shape)
     align = launch.alignment(q, out, grad_out, sequence_grad_query, grad_query)
+    delta = None
+    if grad_key is None or grad_value is None:
+        delta = q.new_empty((b, hq, t), dtype=torch.float32)
+        grad_key = grad_value = grad_query  # never touched
+        grad_strides: tuple[int, ...] = (0,) * 5
+    else:
+        grad_strides = grad_key.stride()
     grad_align = launch.alignment(grad_key, grad_value)
     slot_align = slots.align
     products = products or configs.products(head_dim=d, group=group, dtype=q.dtype)
@@ -286,7 +304,8 @@ def run(
         size, grad_size = q.element_size(), grad_key.element_size()
         width = min(slot_align // size, grad_align // grad_size)
         slot_align, grad_align = width * size, width * grad_size
-        tile = tile or configs.vector_backward_tile(head_dim=d, group=group, width=width)
+        choose_tile = configs.vector_backward_tile if delta is None else configs.vector_query_tile
+        tile = tile or choose_tile(head_dim=d, group=group, width=width)
         blocks = b * -(-t * hk // tile.tokens)
         own = dict(ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slot_align))
     else:
@@ -310,6 +329,7 @@ def run(
             sequence_grad_query,
             grad_query,
             lse,
+            lse if delta is None else delta,
             slots.key,
             slots.value,
             slots.table,
@@ -327,7 +347,7 @@ def run(
             *lse.stride(),
             *slots.key_strides,
             *slots.value_strides,
-            *grad_key.stride(),
+            *grad_strides,
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
@@ -335,10 +355,11 @@ def run(
             COLUMNS=tiles.TABLE_COLUMNS,
             TABLE=slots.is_table,
             UNIFORM=slots.is_uniform,
-            ACCUMULATE=accumulate,
+            GRADIENTS=delta is None,
+            ACCUMULATE=accumulate and delta is None,
             SLOT_ALIGN=slot_align,
             GRAD_ALIGN=grad_align,
             num_warps=tile.warps,
             **own,
         )
-    return grad_query
+    return grad_query, delta

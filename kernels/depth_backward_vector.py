@@ -49,6 +49,7 @@ def depth_backward_vector_kernel(
     sequence_grad_query,
     grad_query,
     lse,
+    delta_out,
     key,
     value,
     table,
@@ -98,13 +99,14 @@ def depth_backward_vector_kernel(
     COLUMNS: tl.constexpr,
     TABLE: tl.constexpr,
     UNIFORM: tl.constexpr,
+    GRADIENTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     ALIGN: tl.constexpr,
     SLOT_ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
 ):
-    """Write grad_query, and write or (ACCUMULATE) add to grad_key and grad_value; arguments as of
-    `depth_backward_kernel`.
+    """Write grad_query and delta_out, or (GRADIENTS) grad_query and write or (ACCUMULATE) add to
+    grad_key and grad_value; arguments as of `depth_backward_kernel`.
     """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -137,6 +139,12 @@ def depth_backward_vector_kernel(
         entries = lse + row_offsets(batch, head, token, lse_strides)
         lse_log2 += (tl.load(entries, mask=row_live, other=0.0) * LOG2E,)
         dq += (tl.zeros([ROWS, PADDED_DIM], tl.float32),)
+        if not GRADIENTS:
+            tl.store(
+                delta_out + (batch * kv_heads * GROUP + head) * tokens + token,
+                delta[member],
+                mask=row_live,
+            )
 
     # Loads as in the forward kernel.
     k = load_slots(
@@ -193,23 +201,26 @@ def depth_backward_vector_kernel(
                 p = tl.where(slot_live, p, 0.0)
                 dz = p * (tl.sum(wide_v * do[member], 1) - delta[member])
                 new_dq += (dq[member] + dz[:, None] * wide_k,)
-                dk += dz[:, None] * q[member]
-                dv += p[:, None] * do[member]
+                if GRADIENTS:
+                    dk += dz[:, None] * q[member]
+                    dv += p[:, None] * do[member]
             dq = new_dq
-            dk = dk * LN2
             if ACCUMULATE:
-                dk += held_k[place].to(tl.float32)
+                dk = dk * LN2 + held_k[place].to(tl.float32)
                 dv += held_v[place].to(tl.float32)
-            key_cells = _gradient_cells(
-                grad_key, slot, batch, kv_head, token, dim, grad_stride_slot, grad_strides,
-                grad_stride_dim, GRAD_ALIGN,
-            )  # fmt: skip
-            tl.store(key_cells, dk.to(grad_key.dtype.element_ty), mask=live & slot_live)
-            value_cells = _gradient_cells(
-                grad_value, slot, batch, kv_head, token, dim, grad_stride_slot, grad_strides,
-                grad_stride_dim, GRAD_ALIGN,
-            )  # fmt: skip
-            tl.store(value_cells, dv.to(grad_value.dtype.element_ty), mask=live & slot_live)
+            elif GRADIENTS:
+                dk = dk * LN2
+            if GRADIENTS:
+                key_cells = _gradient_cells(
+                    grad_key, slot, batch, kv_head, token, dim, grad_stride_slot, grad_strides,
+                    grad_stride_dim, GRAD_ALIGN,
+                )  # fmt: skip
+                tl.store(key_cells, dk.to(grad_key.dtype.element_ty), mask=live & slot_live)
+                value_cells = _gradient_cells(
+                    grad_value, slot, batch, kv_head, token, dim, grad_stride_slot, grad_strides,
+                    grad_stride_dim, GRAD_ALIGN,
+                )  # fmt: skip
+                tl.store(value_cells, dv.to(grad_value.dtype.element_ty), mask=live & slot_live)
         k, v = coming_k, coming_v
         if ACCUMULATE:
             held_k, held_v = coming_held_k, coming_held_v

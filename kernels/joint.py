@@ -6,6 +6,7 @@ No Triton: CPUs use this too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,3 +37,36 @@ def sequence_gradients(
     dout = (grad * p.unsqueeze(-1)).to(sequence_out.dtype)
     token_major = dout.transpose(1, 2).contiguous().transpose(1, 2)
     return token_major, dlse.to(sequence_lse.dtype).contiguous()
+
+
+def gather(
+    grad_outs: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    lses: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    readers: Sequence[int],
+    *,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The whole gradients of some slots, in PyTorch operations; arguments and result as of
+    `depth_gather.run`.
+    """
+    b, hk, t, d = keys[0].shape
+    compute = torch.promote_types(keys[0].dtype, torch.float32)
+    gradients = keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
+    for slot, (key, value, count) in enumerate(zip(keys, values, readers, strict=True)):
+        key, value = key.to(compute).unsqueeze(2), value.to(compute).unsqueeze(2)
+        dk, dv = (torch.zeros((b, hk, t, d), dtype=compute, device=key.device) for _ in range(2))
+        for do, q, lse, delta in list(zip(grad_outs, queries, lses, deltas, strict=True))[:count]:
+            rows = (b, hk, q.shape[1] // hk, t)
+            query, grad = (x.to(compute).reshape(*rows, d) for x in (q, do))
+            p = (query * key).sum(-1).mul_(scale).sub_(lse.to(compute).reshape(rows)).exp_()
+            dz = (grad * value).sum(-1).sub_(delta.to(compute).reshape(rows)).mul_(p)
+            dk += (dz.unsqueeze(-1) * query).sum(2)
+            dv += (p.unsqueeze(-1) * grad).sum(2)
+        gradients[slot, 0].copy_(dk.mul_(scale))
+        gradients[slot, 1].copy_(dv)
+    return gradients

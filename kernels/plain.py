@@ -47,15 +47,15 @@ def backward(
     sequence_grad_query: Tensor,
     depth_k: Sequence[Tensor] | Tensor,
     depth_v: Sequence[Tensor] | Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
     *,
     accumulate: bool,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """The query's whole gradient (token-major); fills or adds to grad_key and grad_value.
 
-    Arguments as `depth_backward.run`; depth_k, depth_v: S slots [B, Hk, T, d].
+    Arguments and results as `depth_backward.run`; depth_k, depth_v: S slots [B, Hk, T, d].
     """
     grouped = _grouped(q, depth_k[0].shape[1])
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -68,6 +68,8 @@ def backward(
         p = ((query * key).sum(-1) * scale - joint).exp()
         dz = p * ((grad * value).sum(-1) - delta) * scale
         dq = dq + dz.unsqueeze(-1) * key
+        if grad_key is None or grad_value is None:
+            continue
         dk, dv = (dz.unsqueeze(-1) * query).sum(2), (p.unsqueeze(-1) * grad).sum(2)
         if accumulate:
             grad_key[slot].add_(dk)
@@ -75,7 +77,8 @@ def backward(
         else:
             grad_key[slot].copy_(dk)
             grad_value[slot].copy_(dv)
-    return launch.token_major(dq.reshape(q.shape).to(q.dtype))
+    dq = launch.token_major(dq.reshape(q.shape).to(q.dtype))
+    return dq, launch.contiguous(delta.reshape(lse.shape)) if grad_key is None else None
 
 
 def _grouped(q: Tensor, kv_heads: int) -> tuple[int, int, int, int, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ from moda_compile.kernels import (
     Lowering,
     choose,
     choose_merge,
+    configs,
     decode,
     depth_backward,
     depth_forward,
+    depth_gather,
     joint,
     launch,
     masks,
@@ -121,7 +124,62 @@ def backward(
     return _backward(
         grad_out, q, k, v, depth_k, depth_v, out, lse, grads, True, is_causal, scale, mask,
         mask_gradient, lowering,
+    )[:4]  # fmt: skip
+
+
+def query_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+    mask_gradient: bool = False,
+    lowering: Lowering | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """:func:`backward` but for the gradients of the slots, S >= 1, which `gather` computes.
+
+    Returns:
+        dq, dk, dv and the mask's gradient, as :func:`backward`; delta = do . o [B, Hq, T], float32
+        (float64 for float64 inputs), contiguous.
+    """
+    dq, dk, dv, dmask, delta = _backward(
+        grad_out, q, k, v, depth_k, depth_v, out, lse, None, False, is_causal, scale, mask,
+        mask_gradient, lowering,
     )  # fmt: skip
+    assert delta is not None
+    return dq, dk, dv, dmask, delta
+
+
+def gather(
+    grad_outs: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    lses: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    readers: Sequence[int],
+    *,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The whole gradients of some slots; arguments and result as of `depth_gather.run`."""
+    key, query = keys[0], queries[0]
+    what = (grad_outs, queries, lses, deltas, keys, values, readers)
+    options: dict[str, Any] = dict(scale=scale, dtype=dtype)
+    by_kernel = key.numel() > 0 and _merge_lowering(query).name != "plain"
+    if by_kernel:
+        products = configs.products(
+            head_dim=key.shape[3], group=query.shape[1] // key.shape[1], dtype=key.dtype
+        )
+        by_kernel = products == "vector"
+    return (depth_gather.run if by_kernel else joint.gather)(*what, **options)
 
 
 def forward_stacked(
@@ -168,7 +226,7 @@ def backward_stacked(
         launch.token_major_empty(depth_k, depth_k.shape),
         launch.token_major_empty(depth_v, depth_v.shape),
     )
-    dq, dk, dv, dmask = _backward(
+    dq, dk, dv, dmask, _ = _backward(
         grad_out, q, k, v, depth_k, depth_v, out, lse, grads, False, is_causal, scale, mask,
         mask_gradient, lowering,
     )  # fmt: skip
@@ -206,16 +264,56 @@ def merge_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`merge`: of sequence_out, sequence_lse and q; accumulator as above."""
+    grads = (accumulator.select(1, 0), accumulator.select(1, 1))
+    return _merge_backward(
+        grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, grads, scale
+    )[:3]
+
+
+def merge_query_backward(
+    grad_out: Tensor,
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`merge_backward` but for the gradients of the slots, and delta, as `query_backward`."""
+    dout, dlse, dq, delta = _merge_backward(
+        grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, None, scale
+    )
+    assert delta is not None
+    return dout, dlse, dq, delta
+
+
+def _merge_backward(
+    grad_out: Tensor,
+    sequence_out: Tensor,
+    sequence_lse: Tensor,
+    q: Tensor,
+    depth_k: Sequence[Tensor],
+    depth_v: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor, Tensor] | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of sequence_out, sequence_lse and q, and delta where there are no grads."""
     if q.numel() == 0:
-        return _empty(sequence_out), torch.empty_like(sequence_lse), _empty(q)
+        dlse = torch.empty_like(sequence_lse)
+        return _empty(sequence_out), dlse, _empty(q), None if grads else _no_delta(q)
     q, grad_out = launch.unit_rows(q), launch.token_major(grad_out)
     out, lse = launch.unit_rows(out), launch.contiguous(lse)
     nothing = q.new_zeros(q.shape[-1]).expand(q.shape)  # there is no sequence part of dq
-    grads = (accumulator.select(1, 0), accumulator.select(1, 1))
-    dq = _depth_backward(
+    dq, delta = _depth_backward(
         _merge_lowering(q), grad_out, q, out, lse, nothing, depth_k, depth_v, grads, True, scale
     )
-    return *joint.sequence_gradients(grad_out, sequence_out, sequence_lse, out, lse), dq
+    of_sequence = joint.sequence_gradients(grad_out, sequence_out, sequence_lse, out, lse)
+    return *of_sequence, dq, delta
 
 
 def _merge(
@@ -248,12 +346,16 @@ def _backward(
     mask: Tensor | None,
     mask_gradient: bool,
     lowering: Lowering | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, dmask; fills or adds to grads, the slots' (keys, values)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, dmask, delta; fills or adds to grads, the slots' (keys, values).
+
+    Where there are slots but no grads, delta is returned.
+    """
     is_causal, mask = masks.aligned(q, k, is_causal, mask)
     lowering = lowering or _lowering(q, k, mask is not None, mask_gradient=mask_gradient)
     if q.numel() == 0:
-        return _empty(q), _empty(k), _empty(v), masks.no_gradient(mask) if mask_gradient else None
+        dmask = masks.no_gradient(mask) if mask_gradient else None
+        return _empty(q), _empty(k), _empty(v), dmask, None if grads else _no_delta(q)
     q, grad_out = launch.unit_rows(q), launch.token_major(grad_out)
     out, lse = launch.unit_rows(out), launch.contiguous(lse)
     has_slots = _count(depth_k) > 0
@@ -265,14 +367,14 @@ def _backward(
         lowering.sequence, grad, q, k, v, out, lse,
         is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
     )  # fmt: skip
+    delta = None
     if has_slots:
-        assert grads is not None
-        dq = _depth_backward(
+        dq, delta = _depth_backward(
             lowering, grad_out, q, out, lse, dq, depth_k, depth_v, grads, accumulate, scale
         )
     else:
         dq = launch.token_major(dq)
-    return dq, launch.token_major(dk), launch.token_major(dv), dmask
+    return dq, launch.token_major(dk), launch.token_major(dv), dmask, delta
 
 
 def _depth_backward(
@@ -284,16 +386,20 @@ def _depth_backward(
     sequence_grad_query: Tensor,
     depth_k: _Slots,
     depth_v: _Slots,
-    grads: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor] | None,
     accumulate: bool,
     scale: float,
-) -> Tensor:
-    """The query's whole gradient; fills or adds to grads, the slots' (keys, values)."""
+) -> tuple[Tensor, Tensor | None]:
+    """The query's whole gradient; fills or adds to grads, the slots' (keys, values), or returns
+    delta, too.
+    """
+    grads_or_none = grads or (None, None)
     first = (grad_out, q, out, lse, sequence_grad_query)
     if lowering.name == "plain":
-        return plain.backward(*first, depth_k, depth_v, *grads, accumulate=accumulate, scale=scale)
-    slots = _slots(depth_k, depth_v)
-    return depth_backward.run(*first, slots, *grads, accumulate=accumulate, scale=scale)
+        slots = (depth_k, depth_v)
+        return plain.backward(*first, *slots, *grads_or_none, accumulate=accumulate, scale=scale)
+    table = _slots(depth_k, depth_v)
+    return depth_backward.run(*first, table, *grads_or_none, accumulate=accumulate, scale=scale)
 
 
 def _count(slots: _Slots) -> int:
@@ -332,6 +438,10 @@ def _lowering(
 def _merge_lowering(q: Tensor) -> Lowering:
     # In Triton's interpreter q is on the CPU.
     return choose_merge(device_type="cuda", dtype=q.dtype, head_dim=q.shape[-1])
+
+
+def _no_delta(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def moda_attention(
     """
     _check(q, k, v, depth_k, depth_v)
     if attn_mask is not None:
-        _check_mask(q, k, attn_mask, bool(is_causal))
+        check_mask(q, k, attn_mask, bool(is_causal))
     factor = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     from moda_compile import stacked  # registers a triton_op, which loads Triton
 
@@ -101,7 +101,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor) ->
         )
 
 
-def _check_mask(q: Tensor, k: Tensor, mask: Tensor, is_causal: bool) -> None:
+def check_mask(q: Tensor, k: Tensor, mask: Tensor, is_causal: bool) -> None:
     if is_causal:
         raise InputError("got both is_causal=True and attn_mask; give one of them.")
     if not isinstance(mask, Tensor):

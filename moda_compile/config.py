@@ -31,7 +31,8 @@ class MoDAConfig:
             computes bit for bit what it computed before.
         accumulator_dtype: dtype in which backward accumulates a slot's gradient over its readers.
             ``"float32"`` (float64 for a float64 model) rounds once; ``"model"`` takes half the
-            memory in bf16/fp16 and rounds once per reading layer, as autograd itself does.
+            memory in bf16/fp16 and rounds once per reading layer, as autograd itself does. Where a
+            GPU gathers the gradients from all readers at once, both round once and keep nothing.
 
     Raises:
         InputError: for a value that is none of the above.

@@ -111,6 +111,7 @@ def layer_cost(slots: Any, *, writes: bool = True, ffn_kv: FFNKV = "none") -> Co
     Backward: 2d each for the recomputed score, dp, dq, dk and dv.  Bytes: forward reads K and V of
     every slot; backward reads them again and reads, adds to and writes the slot's accumulator.  A
     layer that writes slots also clears its rows of the accumulator once and takes them out once.
+    (Where gradients are gathered, see `passes.gather`, backward moves less and has no accumulator.)
 
     Args:
         slots: S, a number or an expression.

@@ -14,7 +14,7 @@ accumulator:
                write_slot(i) takes row i out, which is complete: every reader of i ran before.
 
 A join takes part as an attend does. Each token is used once, so autograd never sums two
-accumulators.
+accumulators. (Inductor gets less traffic out of the same graph: see `passes.gather`.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-def _check_slots(
+def check_slots(
     q: Tensor, k: Tensor, v: Tensor, depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]
 ) -> None:
     """Refuse shapes that would have a kernel read or write out of bounds. When it runs, not in
@@ -57,7 +57,7 @@ def _check_slots(
         raise InputError(f"depth_attention: {hq} heads are no multiple of {hk} KV heads.")
 
 
-def _check_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+def check_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
     """Refuse a mask that the kernels would read out of bounds, or could not mean."""
     if mask is None:
         return
@@ -79,17 +79,17 @@ def _check_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> N
         raise InputError(f"depth_attention: the mask is on {mask.device}, q on {q.device}.")
 
 
-def _check_merge(
+def check_merge(
     sequence_out: Tensor,
     sequence_lse: Tensor,
     q: Tensor,
     depth_k: Sequence[Tensor],
     depth_v: Sequence[Tensor],
 ) -> None:
-    """As `_check_slots`; the keys and values of the sequence are none of our business."""
+    """As `check_slots`; the keys and values of the sequence are none of our business."""
     if not depth_k:
         raise InputError("depth_merge: got no depth slots, expected at least 1.")
-    _check_slots(q, depth_k[0], depth_v[0] if depth_v else depth_k[0], depth_k, depth_v)
+    check_slots(q, depth_k[0], depth_v[0] if depth_v else depth_k[0], depth_k, depth_v)
     if sequence_out.shape != q.shape or sequence_lse.shape != q.shape[:3]:
         raise InputError(
             f"depth_merge: got a sequence part {tuple(sequence_out.shape)} with an lse "
@@ -117,7 +117,7 @@ def token_major(like: Tensor) -> Tensor:
     return like.new_empty(b, t, h, d).transpose(1, 2)
 
 
-def _fake_lse(q: Tensor) -> Tensor:
+def fake_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -145,8 +145,8 @@ def depth_attention(
     scores, broadcastable to [B, Hq, Tq, Tk]. It masks the sequence only. A row that it leaves no
     key gives all its weight to the slots.
     """
-    _check_slots(q, k, v, depth_k, depth_v)
-    _check_mask(q, k, mask, is_causal)
+    check_slots(q, k, v, depth_k, depth_v)
+    check_mask(q, k, mask, is_causal)
     return kernels_for(q).forward(
         q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale, mask=mask
     )
@@ -154,7 +154,7 @@ def depth_attention(
 
 @depth_attention.register_fake
 def _(q, k, v, depth_k, depth_v, is_causal, scale, mask=None):  # type: ignore[no-untyped-def]
-    return token_major(q), _fake_lse(q)
+    return token_major(q), fake_lse(q)
 
 
 @torch.library.custom_op("moda_compile::depth_attention_backward", mutates_args=("accumulator",))
@@ -178,8 +178,8 @@ def depth_attention_backward(
     ``accumulator`` may be ``None`` only if there are no slots. ``dmask`` has the mask's own shape
     and dtype; without ``mask_gradient`` it is an empty tensor [0].
     """
-    _check_slots(q, k, v, depth_k, depth_v)
-    _check_mask(q, k, mask, is_causal)
+    check_slots(q, k, v, depth_k, depth_v)
+    check_mask(q, k, mask, is_causal)
     *gradients, mask_grad = kernels_for(q).backward(
         grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator,
         is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
@@ -219,13 +219,13 @@ def depth_merge(
         lse = log(exp(sequence_lse) + sum_i exp(z_i)),    z_i = scale * q . depth_k[i]
         out = exp(sequence_lse - lse) sequence_out + sum_i exp(z_i - lse) depth_v[i]
     """
-    _check_merge(sequence_out, sequence_lse, q, depth_k, depth_v)
+    check_merge(sequence_out, sequence_lse, q, depth_k, depth_v)
     return kernels_for(q).merge(sequence_out, sequence_lse, q, depth_k, depth_v, scale=scale)
 
 
 @depth_merge.register_fake
 def _(sequence_out, sequence_lse, q, depth_k, depth_v, scale):  # type: ignore[no-untyped-def]
-    return token_major(q), _fake_lse(q)
+    return token_major(q), fake_lse(q)
 
 
 @torch.library.custom_op("moda_compile::depth_merge_backward", mutates_args=("accumulator",))
@@ -248,7 +248,7 @@ def depth_merge_backward(
 
         d sequence_out = p_seq do;    d sequence_lse = p_seq (do . sequence_out - do . out)
     """
-    _check_merge(sequence_out, sequence_lse, q, depth_k, depth_v)
+    check_merge(sequence_out, sequence_lse, q, depth_k, depth_v)
     return kernels_for(q).merge_backward(
         grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, accumulator,
         scale=scale,

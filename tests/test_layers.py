@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes", "verify"),
     ("plan",),
     ("patterns", "kernels"),
-    ("report", "stacked", "markers", "cost"),
+    ("report", "stacked", "markers", "cost", "gathered"),
     ("ops", "varlen"),
     ("config", "fx"),
     ("errors",),

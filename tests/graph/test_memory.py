@@ -21,6 +21,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 
 import moda_compile
+from moda_compile import kernels
 from moda_compile.config import MoDAConfig
 from moda_compile.kernels import cpu
 from moda_compile.testing import RandomStack, StackConfig
@@ -114,9 +115,15 @@ def slots(layers: int, ffn_kv: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ffn_kv", ["none", "projected"])
-def test_linear_in_depth(ffn_kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    depths = (4, 8, 16, 32) if ffn_kv == "none" else (4, 6, 8)
+@pytest.mark.parametrize(
+    ("ffn_kv", "gathering"), [("none", False), ("projected", False), ("none", True)]
+)
+def test_linear_in_depth(ffn_kv: str, gathering: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gathering: as on a GPU, where no accumulator is kept; see `passes.gather`."""
+    if gathering:
+        monkeypatch.setattr(kernels, "gathers", lambda **_: True)
+    deep = ffn_kv == "none" and not gathering
+    depths = (4, 8, 16, 32) if deep else (4, 6, 8)
     counted = {layers: count(layers, ffn_kv, monkeypatch) for layers in depths}
     for layers, c in counted.items():
         number = slots(layers, ffn_kv)
@@ -129,7 +136,13 @@ def test_linear_in_depth(ffn_kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # (Ordinary activations here are at most the FFN's, 3 units; slots of 4 layers are 8.)
         large = [n for n in allocations(c.forward) if n > 3 * UNIT]
         assert large == []
-        assert [n for n in allocations(c.backward) if n > 3 * UNIT] == [accumulator]
+        large = [n for n in allocations(c.backward) if n > 3 * UNIT]
+        if gathering:
+            assert large == c.accumulators == []
+            assert c.backward.count("depth_gather.default(") == layers // 2
+            assert c.backward.count("depth_attention_query_backward.default(") == layers - 1
+            continue
+        assert large == [accumulator]
         # Every attention that reads slots has added to it, in place: one address.
         assert len(c.accumulators) == layers - 1
         assert len(set(c.accumulators)) == 1

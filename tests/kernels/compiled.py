@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,38 @@ POINTERS = {
 }
 
 
+DIVISIBLE = [["tt.divisibility", 16]]
+
+
 def compile_for_h100(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **options: int
+    kernel: Any, pointers: dict[str, Any], constants: dict[str, Any], **options: int
 ) -> Any:
-    """The compiled kernel; every number but scale an int32, rows on 16-byte boundaries."""
+    """The compiled kernel; every number but scale an int32, rows on 16-byte boundaries.
+
+    pointers: the types of arguments that are no such numbers, of a tuple a tuple of them.
+    """
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         signature[name] = pointers.get(name, "fp32" if name == "scale" else "i32")
         signature[name] = "constexpr" if name in constants else signature[name]
-        row_stride = "stride" in name and not name.startswith(("mask", "lse"))
-        if name not in constants and (name in pointers or row_stride):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+        row_stride = "stride" in name and not name.startswith(("mask", "lse", "delta"))
+        if name not in constants and (name in pointers or row_stride) and "coded" not in name:
+            attributes |= dict.fromkeys(_leaves((place,), signature[name]), DIVISIBLE)
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
     target = backends.GPUTarget("cuda", 90, 32)
     return compiler.compile(source, target=target, options=options)
+
+
+def _leaves(place: tuple[int, ...], kind: Any) -> Iterator[tuple[int, ...]]:
+    """Where the arguments of a tuple, or of none, are."""
+    if isinstance(kind, str):
+        yield place
+        return
+    for number, inner in enumerate(kind):
+        yield from _leaves((*place, number), inner)
 
 
 def resources(made: Any, folder: Path) -> dict[str, int]:

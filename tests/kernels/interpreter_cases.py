@@ -149,6 +149,21 @@ def cases() -> Iterator[dict[str, Any]]:
         part |= dict(causal=mode != "merge", b=2 if s == 1 and g < 8 else 1)
         yield vector | part | dict(g=g, s=s, d=next(sizes), tile=next(tiles))
     yield vector | dict(mode="list", dtype="bf16", acc="bf16", d=256, hk=3, s=2, tile=(2, 4, 2))
+    # Slots' gradients from all their readers at once; acc is the dtype that they come in.
+    gathered = base | dict(mode="gather", t=3, s=2)
+    for g, dtype in itertools.product((1, 2, 4), DTYPES):
+        yield gathered | dict(g=g, dtype=dtype, acc=dtype, readers=(3, 2), d=next(sizes))
+    for tile in ((4, 1, 2), (16, 2, 2), (2, 4, 2)):
+        yield gathered | dict(dtype="bf16", acc="fp32", readers=(5, 4), b=2, tile=tile)
+    for s, readers in ((1, (1,)), (1, (4,)), (3, (2, 2, 1)), (2, (1, 0))):
+        yield gathered | dict(dtype="fp16", acc="fp16", s=s, readers=readers, hk=3, mixed=True)
+    for layout in LAYOUTS[1:]:
+        yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), layout=layout, d=24)
+    yield gathered | dict(dtype="fp32", acc="fp32", readers=(2, 1), d=1, t=1)
+    yield gathered | dict(dtype="fp16", acc="fp16", readers=(2, 2), d=256, g=3)
+    # What the kernel is not for, by PyTorch operations, and the matrix kernel's delta.
+    yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), g=20)
+    yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), products="matrix")
     yield vector | dict(mode="stacked", dtype="fp32", acc="fp32", d=64, t=23, tile=(8, 2, 1))
 
 
@@ -161,12 +176,14 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         rows, slots, stages = case["tile"]
         tile = configs.Tile(tokens=rows, slots=slots, warps=1, stages=stages)
         chosen |= dict.fromkeys(
-            ("vector_forward_tile", "vector_backward_tile"), mock.Mock(return_value=tile)
+            ("vector_forward_tile", "vector_backward_tile", "vector_query_tile", "gather_tile"),
+            mock.Mock(return_value=tile),
         )
+    measure = gather_errors if case["mode"] == "gather" else errors
     if not chosen:
-        return errors(case)
+        return measure(case)
     with mock.patch.multiple(configs, **chosen):
-        return errors(case)
+        return measure(case)
 
 
 def errors(case: dict[str, Any]) -> dict[str, Any]:
@@ -250,6 +267,60 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
         "untouched": untouched,
         "token_major": token_major,
         "dtypes": [str(x.dtype) for x in (out, lse, dq, dk, dv)],
+    }
+
+
+def gather_errors(case: dict[str, Any]) -> dict[str, Any]:
+    """As `errors`, of several layers that read the same slots; dq, dk, dv of the first of them."""
+    generator = torch.Generator().manual_seed(1)
+    dtype, count = DTYPES[case["dtype"]], case["readers"]
+    b, hk, t, d, s = (case[x] for x in ("b", "hk", "t", "d", "s"))
+    hq, scale = hk * case["g"], d**-0.5
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    layouts = itertools.cycle(LAYOUTS) if case["mixed"] else itertools.repeat(case["layout"])
+
+    def tensor(heads: int) -> Tensor:
+        return strided((b, heads, t, d), next(layouts), dtype, draw)
+
+    depth_k, depth_v = [tensor(hk) for _ in range(s)], [tensor(hk) for _ in range(s)]
+    options: dict[str, Any] = dict(is_causal=case["causal"], scale=scale)
+    layers = [tuple(tensor(n) for n in (hq, hq, hk, hk)) for _ in range(max(count))]
+    made, saved = [], []
+    for number, (grad, q, k, v) in enumerate(layers):
+        # A reader of fewer slots does not see the last ones.
+        seen = sum(number < readers for readers in count)
+        own = (q, k, v, depth_k[:seen], depth_v[:seen])
+        out, lse = split.forward(*own, **options)
+        made.append(split.query_backward(grad, *own, out, lse, **options))
+        saved.append((grad, q, lse, made[-1][4]))
+    gradients = split.gather(
+        *map(list, zip(*saved, strict=True)), depth_k, depth_v, count,
+        scale=scale, dtype=DTYPES[case["acc"]],
+    )  # fmt: skip
+
+    def reference(compute: torch.dtype) -> list[Tensor]:
+        slots = torch.stack([torch.stack(x) for x in (depth_k, depth_v)]).to(compute)
+        total, first = torch.zeros_like(slots), []
+        for number, (grad, *own) in enumerate(layers):
+            seen = sum(number < readers for readers in count)
+            leaves = [x.to(compute).requires_grad_() for x in (*own, *slots[:, :seen])]
+            exact, _ = oracle(*leaves, causal=case["causal"], scale=scale)
+            grads = torch.autograd.grad(exact, leaves, grad.to(compute))
+            total[:, :seen] += torch.stack(grads[3:])
+            first = first or list(grads[:3])
+        return [*first, *total]
+
+    got = [*made[0][:3], gradients[:, 0], gradients[:, 1]]
+    exact, eager = reference(torch.float64), reference(dtype)
+    return {
+        "error": {n: relative(x, y) for n, x, y in zip(NAMES[2:], got, exact, strict=True)},
+        "eager": {n: relative(x, y) for n, x, y in zip(NAMES[2:], eager, exact, strict=True)},
+        "untouched": True,
+        "token_major": gradients.transpose(3, 4).is_contiguous(),
+        "dtypes": [str(x.dtype) for x in (made[0][0], made[0][4], *made[0][:3])],
     }
 
 

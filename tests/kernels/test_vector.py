@@ -18,6 +18,7 @@ from moda_compile.kernels import (  # noqa: E402
     configs,
     depth_backward_vector,
     depth_forward_vector,
+    depth_gather,
     launch,
 )
 from tests.kernels.compiled import POINTERS, compile_for_h100, resources  # noqa: E402
@@ -119,28 +120,34 @@ def test_forward_compiles_for_an_h100(
         (FP16, None, 128, 2, False, 128),
         (BF16, FP32, 256, 4, True, 224),
         (FP32, FP32, 64, 8, True, 224),
+        (BF16, "delta", 64, 1, True, 80),
+        (BF16, "delta", 76, 1, True, 80),
+        (FP16, "delta", 128, 2, True, 96),
+        (BF16, "delta", 64, 4, True, 128),
     ],
     ids=str,
 )
 def test_backward_compiles_for_an_h100(
     dtype: torch.dtype,
-    accumulator: torch.dtype | None,
+    accumulator: torch.dtype | str | None,  # "delta": the slots' gradients are left out
     head_dim: int,
     group: int,
     table: bool,
     registers: int,
     tmp_path: Path,
 ) -> None:
-    grad = accumulator or dtype
+    adding = isinstance(accumulator, torch.dtype)
+    grad = accumulator if isinstance(accumulator, torch.dtype) else dtype
     width = min((8 if head_dim == 76 else 16) // dtype.itemsize, 16 // grad.itemsize)
-    tile = configs.vector_backward_tile(head_dim=head_dim, group=group, width=width)
+    choose = configs.vector_query_tile if accumulator == "delta" else configs.vector_backward_tile
+    tile = choose(head_dim=head_dim, group=group, width=width)
     names = ("query", "out", "grad_out", "sequence_grad_query", "grad_query", "key", "value")
-    pointers = dict.fromkeys(names, POINTERS[dtype]) | {"lse": "*fp32"}
+    pointers = dict.fromkeys(names, POINTERS[dtype]) | {"lse": "*fp32", "delta_out": "*fp32"}
     pointers |= dict.fromkeys(("grad_key", "grad_value"), POINTERS[grad])
     pointers["table"] = "*i64" if table else POINTERS[dtype]
     aligned = dict.fromkeys(("ALIGN", "SLOT_ALIGN"), width * dtype.itemsize)
     aligned["GRAD_ALIGN"] = width * grad.itemsize
-    own = dict(ACCUMULATE=accumulator is not None, grad_stride_dim=1)
+    own = dict(ACCUMULATE=adding, GRADIENTS=accumulator != "delta", grad_stride_dim=1)
     made = compile_for_h100(
         depth_backward_vector.depth_backward_vector_kernel,
         pointers,
@@ -148,9 +155,65 @@ def test_backward_compiles_for_an_h100(
         num_warps=tile.warps,
     )
     assert "tt.dot" not in made.asm["ttgir"]
-    # Also beside float32 gradients every element stays in its thread.
+    # Also beside float32 gradients every element stays in its thread; delta moves to be stored.
+    moved = group if accumulator == "delta" else 0
+    assert made.asm["ttgir"].count("ttg.convert_layout") == moved
+    assert made.metadata.shared == (4 * tile.tokens if moved else 0)
+    used = resources(made, tmp_path)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert used["REG"] <= registers
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("dtype", "made_in", "head_dim", "group", "slots", "registers"),
+    [
+        (BF16, BF16, 64, 1, 2, 96),
+        (BF16, FP32, 64, 1, 1, 80),
+        (BF16, BF16, 76, 1, 2, 96),
+        (FP16, FP16, 128, 2, 2, 80),
+        (BF16, BF16, 64, 4, 2, 128),
+        (FP32, FP32, 64, 2, 2, 96),
+    ],
+    ids=str,
+)
+def test_gather_compiles_for_an_h100(
+    dtype: torch.dtype,
+    made_in: torch.dtype,
+    head_dim: int,
+    group: int,
+    slots: int,
+    registers: int,
+    tmp_path: Path,
+) -> None:
+    width = min((8 if head_dim == 76 else 16) // dtype.itemsize, 16 // made_in.itemsize)
+    tile = configs.gather_tile(head_dim=head_dim, group=group, width=width)
+    own = POINTERS[dtype]
+    pointers: dict[str, Any] = dict.fromkeys(("query", "grad_out"), own)
+    pointers |= dict.fromkeys(("lse", "delta"), "*fp32")
+    pointers |= dict.fromkeys(("rows_table", "numbers_table"), "*i64")
+    pointers["gradients"] = POINTERS[made_in]
+    pointers |= dict.fromkeys(("keys", "values"), (own,) * slots)
+    strides = dict.fromkeys(("query", "grad_out", "lse", "delta"), ("i32",) * 4)
+    strides |= dict.fromkeys(("key", "value"), (("i32",) * 3,) * slots)
+    strides["gradient"] = ("i32",) * 5
+    pointers |= {f"{name}_strides": kind for name, kind in strides.items()}
+    pointers["coded_readers"] = ("i32",) * slots
+    constants = dict(
+        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
+        SLOTS=slots, READERS=tile.slots, COLUMNS=8, ROWS_UNIFORM=True, NUMBERS_UNIFORM=True,
+        ALIGN=width * dtype.itemsize, GRAD_ALIGN=width * made_in.itemsize,
+    )  # fmt: skip
+    made = compile_for_h100(
+        depth_gather.depth_gather_kernel, pointers, constants, num_warps=tile.warps
+    )
+    assert "tt.dot" not in made.asm["ttgir"]
     assert "ttg.convert_layout" not in made.asm["ttgir"]
-    assert made.metadata.shared == 0
+    bits = 8 * width * dtype.itemsize
+    access = {128: "ld.global.v4.b32", 64: "ld.global.v2.b32"}[bits]
+    accesses = tile.tokens * configs.padded(head_dim) // (32 * tile.warps * width)
+    # K and V of each slot; q and do of a step's readers, before the loop and in it.
+    assert made.asm["ptx"].count(access) == 2 * (slots + 2 * tile.slots * group) * accesses
     used = resources(made, tmp_path)
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
     assert used["REG"] <= registers

@@ -1,0 +1,179 @@
+"""Check the gathering of slots' gradients on this machine's GPU.
+
+    PYTHONPATH=. python benchmarks/check_gather.py [--only text]
+
+Several layers read the same slots. dq, dk, dv of each without the slots' gradients, and these
+gathered from all layers, against float64; then models through Inductor, gathered against
+accumulated. Each row: error / allowed, as in check_gpu.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from check_gpu import BF16, BUDGET, DEVICE, FP16, FP32, FP64, guarded, oracle, relative, tensor
+from torch import Tensor
+
+import moda_compile
+from moda_compile import MoDAConfig, kernels
+from moda_compile.kernels import split
+from moda_compile.testing import RandomStack, StackConfig
+
+NAMES = ("dq", "dk", "dv", "dK", "dV")
+LAYOUTS = ("token_major", "slice", "head_major", "odd_offset", "dim_major")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """readers: for each slot, how many of the layers read it. made: dtype of its gradient."""
+
+    dtype: torch.dtype = BF16
+    made: torch.dtype = BF16
+    readers: tuple[int, ...] = (5, 4)
+    b: int = 2
+    t: int = 257
+    hk: int = 3
+    g: int = 1
+    d: int = 64
+    layout: str = "token_major"
+
+    def __str__(self) -> str:
+        kinds = "/".join(str(x).removeprefix("torch.") for x in (self.dtype, self.made))
+        shape = f"B{self.b} T{self.t} Hk{self.hk} G{self.g} d{self.d} readers {self.readers}"
+        return f"{kinds} {shape} {self.layout}"
+
+
+def cases() -> Iterator[Case]:
+    base = Case()
+    for dtype, made in ((BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32), (FP64, FP64)):
+        yield replace(base, dtype=dtype, made=made)
+    for g, d in itertools.product((1, 2, 3, 4), (16, 64, 70, 76, 80, 96, 128, 256)):
+        yield replace(base, g=g, d=d)
+    for readers in ((1,), (17,), (16, 15), (1, 0), (24, 23), (4, 4, 3, 2)):
+        yield replace(base, readers=readers)
+    for layout in (*LAYOUTS[1:], "mixed"):
+        yield replace(base, layout=layout, g=2)
+        yield replace(base, layout=layout, d=76, dtype=FP16, made=FP32)
+    for t, b in ((1, 1), (1, 64), (2, 3), (2048, 1)):
+        yield replace(base, t=t, b=b)
+    yield replace(base, g=8)  # by PyTorch
+    yield replace(base, d=320)
+
+
+def check(case: Case) -> str:
+    """The row of a case; raises if anything is too far off."""
+    torch.manual_seed(0)
+    hq, scale = case.hk * case.g, case.d**-0.5
+    layouts = itertools.cycle(LAYOUTS if case.layout == "mixed" else (case.layout,))
+
+    def draw(heads: int) -> Tensor:
+        return tensor((case.b, heads, case.t, case.d), next(layouts), case.dtype)
+
+    keys, values = ([draw(case.hk) for _ in case.readers] for _ in range(2))
+    layers = [tuple(draw(n) for n in (hq, hq, case.hk, case.hk)) for _ in range(max(case.readers))]
+    options: dict[str, Any] = dict(is_causal=True, scale=scale)
+    saved, made = [], []
+    for number, (grad, q, k, v) in enumerate(layers):
+        seen = sum(number < count for count in case.readers)
+        own = (q, k, v, keys[:seen], values[:seen])
+        out, lse = split.forward(*own, **options)
+        made.append(split.query_backward(grad, *own, out, lse, **options))
+        saved.append((grad, q, lse, made[-1][4]))
+    arguments = (*map(list, zip(*saved, strict=True)), keys, values, case.readers)
+    gradients = split.gather(*arguments, scale=scale, dtype=case.made)
+    again = split.gather(*arguments, scale=scale, dtype=case.made)
+    if not torch.equal(gradients, again):
+        raise AssertionError("two runs differ")
+
+    def reference(compute: torch.dtype) -> list[Tensor]:
+        slots = torch.stack([torch.stack(keys), torch.stack(values)]).to(compute)
+        total, last = torch.zeros_like(slots, dtype=FP64), []
+        for number, (grad, *own) in enumerate(layers):
+            seen = sum(number < count for count in case.readers)
+            leaves = [x.to(compute).requires_grad_() for x in (*own, *slots[:, :seen])]
+            exact, _ = oracle(*leaves, causal=True, scale=scale)
+            grads = torch.autograd.grad(exact, leaves, grad.to(compute))
+            total[:, :seen] += torch.stack(grads[3:])
+            last = list(grads[:3])
+        return [*last, *total]
+
+    exact, eager = reference(FP64), reference(case.dtype)
+    row, wrong = [], []
+    got = (*made[-1][:3], gradients[:, 0], gradients[:, 1])
+    for name, x, y, z in zip(NAMES, got, exact, eager, strict=True):
+        rounded = case.made if name in ("dK", "dV") else case.dtype
+        budget = max(BUDGET[case.dtype], BUDGET[rounded])
+        error, limit = relative(x, y), relative(z, y) + budget
+        row.append(f"{name} {error:.0e}/{limit:.0e}")
+        wrong += [] if error <= limit else [name]
+    if wrong:
+        raise AssertionError(f"{', '.join(wrong)} too far off: {' '.join(row)}")
+    return " ".join(row)
+
+
+def check_model(ffn_kv: Any, groups: int, head_dim: int, dtype: torch.dtype) -> str:
+    """Gradients of a model gathered and accumulated, and what each takes of memory."""
+    config = StackConfig(
+        layers=7, kv_heads=4, groups=groups, head_dim=head_dim, norm="rms", rotary="half",
+        ffn="swiglu", batch=2, length=515,
+    )  # fmt: skip
+    found, peaks, calls = [], [], []
+    for gathering in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = RandomStack(config).to(DEVICE, dtype)
+        inputs = tuple(x.to(DEVICE) for x in config.inputs())
+        torch.manual_seed(1)
+        moda_compile.convert(model, MoDAConfig(ffn_kv=ffn_kv), inputs)
+        chosen = kernels.gathers if gathering else lambda **_: False
+        with (
+            mock.patch.object(kernels, "gathers", chosen),
+            mock.patch.object(split, "gather", side_effect=split.gather) as gather,
+        ):
+            for _ in range(2):
+                model.zero_grad()
+                torch.cuda.reset_peak_memory_stats()
+                model(*inputs).float().square().mean().backward()
+        calls.append(gather.call_count)
+        peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    if calls[0] or not calls[1]:
+        raise AssertionError(f"gathered {calls} times")
+    worst = max(relative(x, y.double()) for x, y in zip(found[1], found[0], strict=True))
+    limit = 2.0**-5 if dtype == BF16 else 2.0**-14  # of two roundings each, through seven layers
+    note = f"{worst:.0e}/{limit:.0e}, peak {peaks[1]:.1f} MiB, accumulated {peaks[0]:.1f}"
+    if not worst <= limit:
+        raise AssertionError(note)
+    return note
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the checks whose row contains this text")
+    only = parser.parse_args().only
+    if not torch.cuda.is_available():
+        sys.exit("check_gather: no CUDA device.")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    checks: list[tuple[str, Callable[[], str]]] = [(str(x), partial(check, x)) for x in cases()]
+    for ffn_kv, (groups, head_dim, dtype) in itertools.product(
+        ("none", "projected"), ((1, 64, FP32), (2, 64, BF16), (1, 76, BF16))
+    ):
+        kind = str(dtype).removeprefix("torch.")
+        name = f"model {ffn_kv} {kind} G{groups} d{head_dim}"
+        checks.append((name, partial(check_model, ffn_kv, groups, head_dim, dtype)))
+    results = [guarded(name, run) for name, run in checks if only in name]
+    print(f"{results.count(True)} of {len(results)} checks passed")
+    sys.exit(results.count(False) > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""In the graph of a whole forward and backward: gather slots' gradients instead of adding them up.
+
+Autograd's form (see `ops`) threads one accumulator through the layers' backwards, and each reads
+and writes the gradient of every slot it reads. AOTAutograd's joint graph holds them all. There each
+`depth_attention_backward` and `depth_merge_backward` becomes the operator that leaves the slots
+out, and where a row of the accumulator is taken out, `depth_gather` computes it from the layers
+that had added to it by then; slots that are complete by then come along, as many as
+`kernels.gathers` says.
+
+Why it is safe: a row starts at zero and is what those layers added; nothing else may touch the
+accumulator, or the whole chain is left as it is. So is a chain of a form that is not known here:
+this pass saves traffic and memory, never meaning.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from moda_compile import gathered, ops  # noqa: F401  (registers the operators)
+
+_aten = torch.ops.aten
+_own = torch.ops.moda_compile
+_QUERY_BACKWARD = {
+    _own.depth_attention_backward.default: _own.depth_attention_query_backward.default,
+    _own.depth_merge_backward.default: _own.depth_merge_query_backward.default,
+}
+_FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
+_TOKEN_MAJOR = [0, 1, 2, 4, 3, 5]  # [slot, side, B, T, Hk, d] of memory to [.., Hk, T, d] and back
+_RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def run(graph: Graph) -> None:
+    """Rewrite the chains of accumulators of a joint graph, in place."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for chain in _chains(graph):
+        sites = _sites(chain)
+        if sites is not None and _worthwhile(chain):
+            _rewrite(graph, chain, sites, place)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """A layer's backward that adds to an accumulator.
+
+    after: the accumulator with what it added, None where nobody asks. call: the operator's
+    arguments by name.
+    """
+
+    node: Node
+    before: Node
+    after: Node | None
+    call: dict[str, Any]
+
+    @property
+    def slots(self) -> int:
+        return len(self.call["depth_k"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """Where rows are taken out of an accumulator: the gradient of slot number `slot`'s key (side 0)
+    or value (1), to which the first `readers` of the chain have added.
+    """
+
+    node: Node
+    slot: int
+    side: int
+    readers: int
+
+
+def _reader(node: Node) -> _Reader | None:
+    if node.target is not _FUNCTIONAL or node.args[0] not in _QUERY_BACKWARD:
+        return None
+    if node.kwargs.get("_accumulator_base_index") is None:  # it reads no slots
+        return None
+    own = node.args[0]._schema  # type: ignore[union-attr]
+    (before,) = cast(list[Node], node.kwargs["_all_bases"])
+    call = {x.name: node.kwargs[x.name] for x in own.arguments if x.name != "accumulator"}
+    after = next((user for user in node.users if user.args[1] == len(own.returns)), None)
+    return _Reader(node=node, before=before, after=after, call=call)
+
+
+def _chains(graph: Graph) -> Iterator[list[_Reader]]:
+    """Readers in the order in which they add to one accumulator, that starts as zeros."""
+    found = [reader for reader in map(_reader, graph.nodes) if reader is not None]
+    by_input = {reader.before: reader for reader in found}
+    for reader in found:
+        if not _is_zeros(reader.before):
+            continue
+        chain = [reader]
+        while (after := chain[-1].after) is not None and after in by_input:
+            chain.append(by_input[after])
+        yield chain
+
+
+def _is_zeros(node: Node) -> bool:
+    zeros = bool(node.target in (_aten.zeros.default, _aten.new_zeros.default))
+    if node.target is _aten.full.default:
+        zeros = node.args[1] in (0, 0.0, False)
+    return zeros and len(_users(node)) == 1
+
+
+def _users(node: Node) -> list[Node]:
+    """Who uses the tensor itself, not its symbolic strides, which the operator is called with."""
+    return [x for x in node.users if x.target not in (_aten.sym_stride.int, _aten.sym_size.int)]
+
+
+def _sites(chain: Sequence[_Reader]) -> list[_Site] | None:
+    """Where rows are taken out; None if anything else happens to the accumulator."""
+    found: list[_Site] = []
+    following = {reader.node for reader in chain}
+    for count, reader in enumerate(chain, start=1):
+        if reader.after is None:
+            continue
+        for user in _users(reader.after):
+            if user in following:
+                continue
+            if user.target is not _aten.permute.default or user.args[1] != _TOKEN_MAJOR:
+                return None
+            for row in user.users:
+                if not _is_select(row) or not all(map(_is_select, row.users)):
+                    return None
+                slot = cast(int, row.args[2])
+                found += [
+                    _Site(node=side, slot=slot, side=cast(int, side.args[2]), readers=count)
+                    for side in row.users
+                ]
+    return found
+
+
+def _is_select(node: Node) -> bool:
+    return bool(node.target is _aten.select.int and node.args[1] == 0)
+
+
+def _worthwhile(chain: Sequence[_Reader]) -> bool:
+    """Whether the gathering kernel serves these, and holding on to q and do costs no memory."""
+    from moda_compile import kernels
+
+    first = chain[0].call
+    q, key = (_value(x) for x in (first["q"], first["depth_k"][0]))
+    if len({reader.call["scale"] for reader in chain}) > 1:
+        return False
+    if any(x.dtype != q.dtype for r in chain for x in map(_value, _rows(r))):
+        return False
+    group = q.shape[1] // key.shape[1]
+    what = {"device_type": q.device.type, "dtype": q.dtype, "head_dim": int(q.shape[3])}
+    if not kernels.gathers(**what, group=int(group)):
+        return False
+    # Of a query that is computed again for this backward, memory would have been freed: then q and
+    # do, 2 G rows of a slot's, must not be more than the accumulator's 2.
+    again = any(reader.call["q"].meta.get("recompute") in _RECOMPUTED for reader in chain)
+    held, kept = group * q.dtype.itemsize, _value(chain[0].before).dtype.itemsize
+    return not again or bool(held <= kept)
+
+
+def _rows(reader: _Reader) -> tuple[Node, ...]:
+    call = reader.call
+    return call["q"], call["grad_out"], *call["depth_k"], *call["depth_v"]
+
+
+def _rewrite(
+    graph: Graph, chain: list[_Reader], sites: list[_Site], place: dict[Node, int]
+) -> None:
+    from moda_compile.kernels import GATHERED_SLOTS
+
+    keys, values = (max((r.call[side] for r in chain), key=len) for side in ("depth_k", "depth_v"))
+    if any(
+        list(r.call[name]) != list(slots[: r.slots])
+        for r in chain
+        for name, slots in (("depth_k", keys), ("depth_v", values))
+    ):
+        return  # not one stack's slots
+    readers: dict[int, list[int]] = {}
+    for site in sites:
+        own = [i for i in range(site.readers) if chain[i].slots > site.slot]
+        if readers.setdefault(site.slot, own) != own:
+            return
+    if not all(readers.values()):
+        return
+    deltas = [_leave_slots_out(graph, reader) for reader in chain]
+    done: set[int] = set()
+    sites = sorted(sites, key=lambda site: place[site.node])
+    for first in sites:
+        if first.slot in done:
+            continue
+        ready = [
+            site.slot
+            for site in sites
+            if site.slot not in {*done, first.slot}
+            and all(place[chain[i].node] < place[first.node] for i in readers[site.slot])
+        ]
+        together = [first.slot]
+        for slot in dict.fromkeys(ready):
+            chosen = [*together, slot]
+            if len(chosen) <= GATHERED_SLOTS and _in_order([readers[s] for s in chosen]):
+                together = chosen
+        done.update(together)
+        where = [site for site in sites if site.slot in together]
+        _gather(graph, chain, deltas, keys, values, together, readers, where)
+
+
+def _in_order(sets: Sequence[list[int]]) -> list[int] | None:
+    """The members of nested sets, those of the smallest first; None if they are not nested."""
+    order: list[int] = []
+    for members in sorted(sets, key=len):
+        if not set(order) <= set(members):
+            return None
+        order += [x for x in members if x not in order]
+    return order
+
+
+def _leave_slots_out(graph: Graph, reader: _Reader) -> Node:
+    """Put the operator without an accumulator in the reader's place; its delta."""
+    target = _QUERY_BACKWARD[reader.node.args[0]]  # type: ignore[index]
+    with graph.inserting_before(reader.node):
+        made = _call(graph, target, tuple(reader.call.values()), reader.node)
+        for user in list(reader.node.users):
+            if user is not reader.after:
+                user.replace_input_with(reader.node, made)
+        return _call(graph, operator.getitem, (made, len(_value(made)) - 1), reader.node)
+
+
+def _gather(
+    graph: Graph,
+    chain: Sequence[_Reader],
+    deltas: Sequence[Node],
+    keys: Sequence[Node],
+    values: Sequence[Node],
+    slots: Sequence[int],
+    readers: dict[int, list[int]],
+    sites: Sequence[_Site],
+) -> None:
+    """Compute the slots' gradients in front of the first of their sites, and use them there."""
+    order = _in_order([readers[slot] for slot in slots])
+    assert order is not None
+    taken = {user for site in sites for user in site.node.users}
+    narrow = {x.args[1] for x in taken if x.target is torch.ops.prims.convert_element_type.default}
+    dtype = _value(sites[0].node).dtype
+    # Rounded once, when written, where all that was done with the rows is to round them.
+    rounded = len(narrow) == 1 and all(
+        x.target is torch.ops.prims.convert_element_type.default for x in taken
+    )
+    if rounded:
+        (dtype,) = narrow
+    calls = [chain[i].call for i in order]
+    arguments = (
+        [call["grad_out"] for call in calls],
+        [call["q"] for call in calls],
+        [call["lse"] for call in calls],
+        [deltas[i] for i in order],
+        [keys[slot] for slot in slots],
+        [values[slot] for slot in slots],
+        [len(readers[slot]) for slot in slots],
+        calls[0]["scale"],
+        dtype,
+    )
+    like = sites[0].node
+    with graph.inserting_before(like):
+        made = _call(graph, _own.depth_gather.default, arguments, like)
+        rows = [_call(graph, _aten.select.int, (made, 0, i), like) for i in range(len(slots))]
+        for site in sites:
+            row = rows[slots.index(site.slot)]
+            side = _call(graph, _aten.select.int, (row, 0, site.side), like)
+            for user in list(site.node.users) if rounded else [site.node]:
+                user.replace_all_uses_with(side)
+
+
+def _call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node) -> Node:
+    """A new node, with its fake value, and what else the partitioner may ask of it, as of like."""
+    node = graph.call_function(target, args)
+    fakes = torch.fx.node.map_arg(args, _value)
+    # Inductor keeps to the strides that an operator's tensors have here.
+    node.meta = {**like.meta, "eager_input_vals": (fakes, {})}
+    first = _value(like)
+    with (first[0] if isinstance(first, (tuple, list)) else first).fake_mode:
+        node.meta["val"] = target(*fakes)
+    return node
+
+
+def _value(node: Node) -> Any:
+    return node.meta["val"]

@@ -1,0 +1,256 @@
+"""The pass over the joint graph: accumulated gradients become gathered ones, and stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
+
+from moda_compile import MoDAConfig, kernels, pipeline
+from moda_compile.passes import gather
+from moda_compile.testing import RandomStack, StackConfig
+
+OPS = torch.ops.moda_compile
+GATHER, ACCUMULATE = OPS.depth_gather.default, OPS.depth_attention_backward.default
+# float64 and gradients of order 1: sums in another order.
+TIGHT = dict(rtol=0.0, atol=1e-12)
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On CPUs the library itself does not choose to gather."""
+    monkeypatch.setattr(kernels, "gathers", lambda **_: True)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Joint:
+    """A torch.compile backend that runs the pass on the joint graph, and keeps what it made."""
+
+    def __init__(
+        self,
+        config: MoDAConfig,
+        *,
+        gathering: bool = True,
+        before: Callable[[GraphModule], None] | None = None,
+    ) -> None:
+        self.config, self.gathering, self.before = config, gathering, before
+        self.graphs: list[GraphModule] = []
+
+    def __call__(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
+        pipeline.transform(gm, self.config, strict=True)
+        compiler = aot_autograd(
+            fw_compiler=lambda graph, _: graph,
+            partition_fn=self._partition,
+            decompositions=select_decomp_table(),
+        )
+        return compiler(gm, inputs)
+
+    def _partition(self, joint: GraphModule, inputs: Any, **options: Any) -> Any:
+        if self.before is not None:
+            self.before(joint)
+        if self.gathering:
+            gather.run(joint.graph)
+            joint.recompile()
+        self.graphs.append(joint)
+        return min_cut_rematerialization_partition(joint, inputs, **options)
+
+    def calls(self, op: Any) -> list[tuple[Any, ...]]:
+        """Arguments of an operator's calls, functionalized or not, in the one graph."""
+        (joint,) = self.graphs
+        nodes = [n for n in joint.graph.nodes if op in (n.target, *n.args[:1])]
+        return [tuple(n.args) for n in nodes]
+
+
+def stack(layers: int = 5, **options: Any) -> RandomStack:
+    sizes: dict[str, Any] = dict(layers=layers, kv_heads=2, groups=1, head_dim=8, length=9, batch=2)
+    return RandomStack(StackConfig(**sizes | dict(dtype="float64", mask="flag") | options))
+
+
+def gradients(
+    model: nn.Module, backend: Joint, inputs: tuple[Tensor, ...], **options: Any
+) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.compile(model, backend=backend, **options)(*inputs).square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check(
+    model: nn.Module, inputs: tuple[Tensor, ...], ffn_kv: Any = "none", **options: Any
+) -> Joint:
+    """The same gradients as accumulated; the backend that gathered."""
+    config = MoDAConfig(ffn_kv=ffn_kv)
+    plain = Joint(config, gathering=False)
+    expected = gradients(model, plain, inputs, **options)
+    torch._dynamo.reset()
+    gathering = Joint(config)
+    got = gradients(model, gathering, inputs, **options)
+    assert max(g.abs().max() for g in expected.values()) > 1e-6
+    torch.testing.assert_close(got, expected, **TIGHT)
+    assert plain.calls(GATHER) == []
+    return gathering
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("ffn_kv", "readers"), [
+    ("none", [[1, 2], [3, 4]]),
+    ("shared", [[1, 1], [2, 2], [3, 3], [4, 4]]),
+])  # fmt: skip
+def test_gradients_stay_the_same(ffn_kv: Any, readers: list[list[int]], groups: int) -> None:
+    model = stack(groups=groups)
+    made = check(model, model.config.inputs(), ffn_kv)
+    # A layer's backward completes its own slot and the one before; an FFN's and its attention's.
+    assert [sorted(call[6]) for call in made.calls(GATHER)] == readers
+    # The first layer reads no slots; nobody else has an accumulator.
+    assert len(made.calls(ACCUMULATE)) == 1
+    (joint,) = made.graphs
+    assert not any(len(n.meta["val"].shape) == 6 for n in joint.graph.nodes if "full" in n.name)
+
+
+@pytest.mark.parametrize("length", ["fixed", "dynamic"])
+def test_any_number_of_slots(length: str) -> None:
+    for layers in (2, 3, 4):
+        model = stack(layers=layers)
+        made = check(model, model.config.inputs(), dynamic=length == "dynamic")
+        assert len(made.calls(GATHER)) == layers // 2
+        torch._dynamo.reset()
+
+
+def test_one_compilation_for_every_length() -> None:
+    model = stack()
+    made = Joint(MoDAConfig())
+    call = torch.compile(model, backend=made, dynamic=True)
+    for length in (9, 12, 17):
+        ids = model.config.inputs()[0][:, :1].repeat(1, length)
+        call(ids).square().mean().backward()
+    assert len(made.graphs) == 1
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.config = StackConfig(
+            layers=4, kv_heads=2, groups=groups, head_dim=8, length=9, batch=2, dtype="float64"
+        )
+        self.inner = RandomStack(self.config)
+        for block in self.inner.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.inner(*inputs)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_checkpoints(groups: int) -> None:
+    """Of a query that is recomputed, float64 rows of q and do are twice what two heads allow."""
+    model = Checkpointed(groups)
+    if groups == 1:
+        assert len(check(model, model.config.inputs()).calls(GATHER)) == 2
+    else:
+        made = Joint(MoDAConfig())
+        gradients(model, made, model.config.inputs())
+        assert made.calls(GATHER) == []
+        assert len(made.calls(ACCUMULATE)) == 4
+
+
+def test_rows_are_rounded_once_when_they_are_written() -> None:
+    model = stack(dtype="bfloat16")
+    made = Joint(MoDAConfig())
+    gradients(model, made, model.config.inputs())
+    assert {call[8] for call in made.calls(GATHER)} == {torch.bfloat16}
+    (joint,) = made.graphs
+    rows = [n for n in joint.graph.nodes if n.target is torch.ops.aten.select.int]
+    assert all(n.meta["val"].dtype == torch.bfloat16 for n in rows)
+
+
+# --- what is left as it is ----------------------------------------------------------------------
+
+
+def left_alone(change: Callable[[GraphModule], None] | None = None, **options: Any) -> None:
+    model = stack(**options)
+    made = Joint(MoDAConfig(), before=change)
+    gradients(model, made, model.config.inputs())
+    assert made.calls(GATHER) == []
+    assert len(made.calls(ACCUMULATE)) == 5
+
+
+def test_where_the_library_does_not_choose_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "gathers", lambda **_: False)
+    left_alone()
+
+
+def accumulated(joint: GraphModule) -> list[Any]:
+    """The accumulator, with what each reader added to it."""
+    readers = [n for n in joint.graph.nodes if ACCUMULATE in n.args[:1] and n.kwargs["_all_bases"]]
+    return [user for n in readers for user in n.users if user.args[1] == 4]
+
+
+def test_an_accumulator_that_something_else_reads() -> None:
+    def change(joint: GraphModule) -> None:
+        after = accumulated(joint)[1]
+        (output,) = joint.graph.find_nodes(op="output")
+        with joint.graph.inserting_before(output):
+            total = joint.graph.call_function(torch.ops.aten.sum.default, (after,))
+            total.meta = dict(after.meta, val=after.meta["val"].sum())
+            for grad in list(output.args[0]):
+                if grad is not None and grad.meta["val"].dim() == 1:
+                    added = joint.graph.call_function(torch.ops.aten.add.Tensor, (grad, total))
+                    added.meta = dict(grad.meta)
+                    output.replace_input_with(grad, added)
+                    return
+
+    left_alone(change)
+
+
+def test_an_accumulator_that_does_not_start_at_zero() -> None:
+    def change(joint: GraphModule) -> None:
+        first = next(n for n in joint.graph.nodes if ACCUMULATE in n.args[:1])
+        (zeros,) = first.kwargs["_all_bases"]
+        zeros.args = (zeros.args[0], 1.0)
+
+    left_alone(change)
+
+
+def test_layers_of_different_scales() -> None:
+    def change(joint: GraphModule) -> None:
+        first = next(n for n in joint.graph.nodes if ACCUMULATE in n.args[:1])
+        first.kwargs = dict(first.kwargs, scale=0.125)
+
+    left_alone(change)
+
+
+def test_layers_whose_slots_are_not_one_list() -> None:
+    def change(joint: GraphModule) -> None:
+        first = next(n for n in joint.graph.nodes if ACCUMULATE in n.args[:1])
+        first.kwargs = dict(first.kwargs, depth_k=list(reversed(first.kwargs["depth_k"])))
+
+    left_alone(change)
+
+
+# --- the choice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("what", "expected"), [
+    ({}, True),
+    ({"device_type": "cpu"}, False),
+    ({"dtype": torch.float64}, False),
+    ({"dtype": torch.float32, "group": 2}, True),
+    ({"group": 4}, True),
+    ({"group": 8}, False),
+    ({"head_dim": 256}, True),
+    ({"head_dim": 320}, False),
+], ids=str)  # fmt: skip
+def test_gathers(what: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    base: dict[str, Any] = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64, group=1)
+    assert kernels.gathers(**base | what) == expected
