@@ -1,86 +1,212 @@
-"""Training throughput and memory of a plain stack, as it is and converted, on this machine's GPU.
+"""Training throughput of plain stacks, as they are and converted, on this machine's GPU.
 
-    PYTHONPATH=. python benchmarks/model.py [--layers 24] [--batch 8]
+    PYTHONPATH=. python benchmarks/model.py [--shapes 16 24 36] [--batches 1 8] [--jobs 3]
 
-Forward + backward of the blocks (no LM head), bfloat16, both sides compiled by Inductor; medians
-after warm-up, and the ratio of tokens per second to the unconverted model's in the same run.
+Forward + backward of the blocks (no embedding, no LM head) in bfloat16, both sides compiled by
+Inductor, on the shapes that METHOD.md measured: medians of steps timed in turns, and the ratio of
+tokens per second to the unconverted model's in the same run. Exits with 1 if a row is below its
+floor. --jobs: rows compiled at a time, each in a process of its own; one of them is timed at a
+time. --quick: tiny sizes, also on a CPU; no floors.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
+import os
+import statistics
+import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
+from plain_stack import Shape, Stack
+from results import Picture, add_arguments, publish
+from tqdm import tqdm
 
 import moda_compile
 from moda_compile import MoDAConfig
-from moda_compile.report import table
-from moda_compile.testing import RandomStack, StackConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {
+    "16": Shape(layers=16, width=1216, heads=16, kv_heads=16, head_dim=76, ffn=3248),
+    "20": Shape(layers=20, width=1120, heads=16, kv_heads=16, head_dim=70, ffn=2992),
+    "24": Shape(layers=24, width=1024, heads=16, kv_heads=16, head_dim=64, ffn=2736),
+    "36": Shape(
+        layers=36, width=1024, heads=16, kv_heads=8, head_dim=64, ffn=4096, batch=4, tokens=4096
+    ),
+}
+# (shape, batch) -> the least ratio with ffn_kv "none" and "projected".
+FLOORS = {
+    ("16", 1): (0.90, 0.76), ("20", 1): (0.90, 0.76), ("24", 1): (0.90, 0.76),
+    ("16", 8): (0.89, 0.73), ("20", 8): (0.87, 0.70), ("24", 8): (0.81, 0.62),
+    ("36", 4): (0.87, 0.75),
+}  # fmt: skip
+VARIANTS: dict[str, MoDAConfig | None] = {
+    "plain": None,
+    "none": MoDAConfig(),
+    "projected": MoDAConfig(ffn_kv="projected"),
+}
+turn: AbstractContextManager[Any] = contextlib.nullcontext()  # held while this process is timing
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--kv-heads", type=int, default=16)
-    parser.add_argument("--groups", type=int, default=1)
-    parser.add_argument("--head-dim", type=int, default=64)
-    args = parser.parse_args()
-    config = StackConfig(
-        layers=args.layers, kv_heads=args.kv_heads, groups=args.groups, head_dim=args.head_dim,
-        norm="rms_functional", rotary="half", ffn="swiglu", batch=args.batch, length=args.tokens,
-    )  # fmt: skip
-    variants: dict[str, MoDAConfig | None] = {
-        "plain": None,
-        "none": MoDAConfig(),
-        "none, accumulator in bf16": MoDAConfig(accumulator_dtype="model"),
-        "projected": MoDAConfig(ffn_kv="projected"),
-    }
-    rows = [("variant", "ms", "tokens/s", "of plain", "peak MiB", "of plain", "compile s")]
-    first: tuple[float, float] | None = None
-    for name, options in variants.items():
-        milliseconds, peak, compiling = measure(config, options)
-        speed = args.batch * args.tokens / milliseconds * 1e3
-        first = first or (milliseconds, peak)
-        rows.append(
-            (
-                name, f"{milliseconds:.2f}", f"{speed:,.0f}",
-                f"{first[0] / milliseconds:.3f}", f"{peak:,.0f}", f"{peak / first[1]:.3f}",
-                f"{compiling:.0f}",
-            )
-        )  # fmt: skip
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    print(config)
-    print("\n".join(table(rows)))
+def take_turns(lock: AbstractContextManager[Any]) -> None:
+    """Have this process time nothing but with the lock."""
+    global turn
+    turn = lock
 
 
-def measure(config: StackConfig, options: MoDAConfig | None) -> tuple[float, float, float]:
-    """Median milliseconds of forward + backward, peak MiB, seconds of compiling."""
-    torch._dynamo.reset()
-    model: Any = RandomStack(config).to("cuda", torch.bfloat16)
-    inputs = tuple(x.cuda() for x in config.inputs())
-    if options is None:
-        model = torch.compile(model)
-    else:
-        moda_compile.convert(model, options, inputs)
+def step_of(shape: Shape, options: MoDAConfig | None) -> Callable[[], None]:
+    """One step of forward and backward, compiled."""
+    model: Any = Stack(shape).to(DEVICE, torch.bfloat16)
+    x = shape.inputs(DEVICE, torch.bfloat16)
+    call = torch.compile(model) if options is None else moda_compile.convert(model, options, (x,))
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        model(*inputs).mean().backward()
+        x.grad = None
+        call(x).float().square().mean().backward()
 
+    return step
+
+
+def milliseconds(step: Callable[[], None]) -> float:
+    """Of one step on the GPU, from its first launch to its last kernel."""
+    synchronize()
     start = time.perf_counter()
     step()
-    torch.cuda.synchronize()
-    compiling = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
-    milliseconds = triton.testing.do_bench(step, warmup=200, rep=1500, return_mode="median")
-    peak = torch.cuda.max_memory_allocated() / 2**20
-    return milliseconds, peak, compiling
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(name: str, shape: Shape, seconds: float, floors: bool) -> list[dict[str, Any]]:
+    """The rows of one shape."""
+    torch._dynamo.reset()
+    steps, compiling, peaks = {}, {}, {}
+    for variant, options in VARIANTS.items():
+        start = time.perf_counter()
+        steps[variant] = step_of(shape, options)
+        steps[variant]()
+        synchronize()
+        compiling[variant] = time.perf_counter() - start
+    samples: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    with turn:
+        if DEVICE == "cuda":
+            for variant, step in steps.items():
+                torch.cuda.empty_cache()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                peaks[variant] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(samples["plain"]) < 5:
+            for variant, step in steps.items():
+                step()  # several of one kind at a time: a model's own steady state
+                samples[variant] += [milliseconds(step) for _ in range(3)]
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    rows = []
+    least = (None, *FLOORS.get((name, shape.batch), (None, None)))
+    plain = statistics.median(samples["plain"])
+    for (variant, found), floor in zip(samples.items(), least, strict=True):
+        taken = statistics.median(found)
+        rows.append(
+            {
+                "shape": str(shape), "layers": shape.layers, "B": shape.batch, "T": shape.tokens,
+                "ffn_kv": variant, "ms": taken,
+                "tokens/s": int(shape.batch * shape.tokens / taken * 1e3),
+                "of plain": plain / taken, "floor": floor if floors else None,
+                "step's peak MiB": peaks.get(variant),
+                "peak of plain": peaks[variant] / peaks["plain"] if peaks else None,
+                "compile s": compiling[variant],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
+    for name in arguments.shapes:
+        shape = SHAPES[name]
+        if arguments.quick:
+            yield name, replace(shape, layers=3, width=64, ffn=96, batch=1, tokens=64)
+        elif name == "36":
+            yield name, shape
+        else:
+            yield from ((name, replace(shape, batch=batch)) for batch in arguments.batches)
+
+
+def results(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Each shape's rows, as they come."""
+    work = [(n, s, arguments.seconds, not arguments.quick) for n, s in chosen(arguments)]
+    if arguments.jobs == 1:
+        yield from (measure(*own) for own in work)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    os.environ.setdefault(
+        "TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs))
+    )
+    with ProcessPoolExecutor(
+        arguments.jobs,
+        spawn,
+        initializer=take_turns,
+        initargs=(spawn.Lock(),),
+        max_tasks_per_child=1,  # what a row leaves in GPU memory goes with its process
+    ) as pool:
+        yield from (x.result() for x in as_completed(pool.submit(measure, *own) for own in work))
+
+
+def main() -> None:
+    """Time, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timing, a shape")
+    parser.add_argument("--jobs", type=int, default=1, help="shapes compiled at a time")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no floors, also on a CPU")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if DEVICE == "cpu" and not arguments.quick:
+        sys.exit("model: no CUDA device (--quick runs tiny sizes on a CPU).")
+    arguments.seconds = 0.2 if arguments.quick else arguments.seconds
+    rows: list[dict[str, Any]] = []
+    for found in tqdm(results(arguments), desc="shapes", total=len(list(chosen(arguments)))):
+        for row in found:
+            print(row, flush=True)  # as they come: a run may be cut short
+        rows += found
+    rows.sort(key=lambda row: (row["layers"], row["B"]))
+    held = [row for row in rows if row["floor"] is not None]
+    claims = [
+        (
+            f"training {row['shape']}, B={row['B']}, T={row['T']}, `{row['ffn_kv']}`: tokens/s of "
+            f"plain (at least {row['floor']})",
+            f"{row['of plain']:.3f}",
+        )
+        for row in held
+    ]
+    publish(
+        "model",
+        "Training throughput of converted stacks over plain",
+        rows,
+        claims=claims,
+        picture=Picture(
+            x="layers", ys=("of plain",), split="ffn_kv", floor="floor", unit="tokens/s of plain"
+        ),
+        setting="bf16, forward + backward of the blocks, both sides compiled; medians, in turns",
+        folder=arguments.out,
+    )
+    below = [row for row in held if row["of plain"] < row["floor"]]
+    print(f"{len(held) - len(below)} of {len(held)} rows hold")
+    sys.exit(len(below) > 0)
 
 
 if __name__ == "__main__":

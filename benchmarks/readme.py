@@ -1,0 +1,65 @@
+"""Put the figures of benchmarks/results into the README's table, and draw their pictures again.
+
+    PYTHONPATH=. python benchmarks/readme.py
+
+The table stands between two markers, and each row says what its JSON file claims, with the command
+that made it. Nothing in it is typed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from results import FOLDER, draw
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+ORDER = ("kernel_table", "ablation", "model", "memory", "compile_time", "cpu_attention")
+
+
+def found(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and contents of each file of results that there is, in the table's order."""
+    for name in ORDER:
+        file = folder / f"{name}.json"
+        if file.exists():
+            yield name, json.loads(file.read_text(encoding="utf-8"))
+
+
+def render(folder: Path) -> str:
+    """The table as Markdown."""
+    lines = ["| what | figure | command |", "| --- | --- | --- |"]
+    for name, result in found(folder):
+        picture = f" ([picture](benchmarks/results/{name}.png))" if result["picture"] else ""
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        for number, (what, figure) in enumerate(result["claims"]):
+            source = f"`{result['command']}`{picture}; {result['machine']}, {versions}"
+            lines.append(f"| {what} | {figure} | {source if number == 0 else 'the same'} |")
+    return "\n".join(lines)
+
+
+def put_into(readme: str, table: str) -> str:
+    """``readme`` with ``table`` between the markers.
+
+    Raises:
+        ValueError: if it has no such place.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the README has no {BEGIN} .. {END}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def main() -> None:
+    """Draw, and write the README."""
+    for name, _ in found(FOLDER):
+        draw(FOLDER / f"{name}.json")
+    text = README.read_text(encoding="utf-8")
+    README.write_text(put_into(text, render(FOLDER)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What a benchmark found: printed as a table, kept as JSON with the command that made it, drawn.
+
+`publish` does all three. benchmarks/readme.py makes the README's table of figures from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moda_compile.report import table
+
+FOLDER = Path(__file__).resolve().parent / "results"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """How rows are drawn: `ys` over `x`, one line for each value of `split` (a column), or for each
+    y. floor: a column that is drawn as a dashed line of each.
+    """
+
+    x: str
+    ys: tuple[str, ...]
+    split: str | None = None
+    floor: str | None = None
+    log_x: bool = False
+    unit: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="folder of the JSON and the picture"
+    )
+
+
+def publish(
+    name: str,
+    title: str,
+    rows: Sequence[Row],
+    *,
+    claims: Sequence[tuple[str, str]],
+    picture: Picture | None = None,
+    setting: str = "",
+    folder: Path = FOLDER,
+) -> None:
+    """Print rows as a table; write `name`.json, and, where matplotlib is, `name`.png.
+
+    Args:
+        name: of the files.
+        title: one line.
+        rows: with the same keys, which are the columns; numbers as numbers.
+        claims: (what, figure) rows of the README's table.
+        picture: how to draw the rows.
+        setting: what else one must know of the run.
+        folder: where the files go.
+    """
+    found = {
+        "title": title,
+        "command": command(),
+        "machine": machine(),
+        "versions": versions(),
+        "setting": setting,
+        "rows": [dict(row) for row in rows],
+        "claims": [list(claim) for claim in claims],
+        "picture": None if picture is None else asdict(picture),
+    }
+    print(render(found))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(file)
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """Title, machine and table as text."""
+    installed = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    lines = [found["title"], f"{found['machine']}; {installed}", f"$ {found['command']}"]
+    lines += [found["setting"]] if found["setting"] else []
+    columns = list(found["rows"][0])
+    shown = [columns, *([text(row[x]) for x in columns] for row in found["rows"])]
+    return "\n".join([*lines, "", *table(shown)])
+
+
+def text(value: Any) -> str:
+    """A number with three figures, or more in front of the point; "-" for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def command() -> str:
+    """The command line of this process, from the root of the repository; without --out."""
+    words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    if "--out" in words:
+        place = words.index("--out")
+        del words[place : place + 2]
+    return f"PYTHONPATH=. python {shlex.join(words)}"
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    import triton
+
+    found = {"torch": torch.__version__, "triton": triton.__version__}
+    if torch.cuda.is_available():
+        found["cuDNN"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def draw(file: Path) -> None:
+    """`file`'s picture beside it, where it has one and matplotlib is installed."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found["picture"] is None:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    picture = Picture(**found["picture"])
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    rows = found["rows"]
+    groups = dict.fromkeys(row[picture.split] for row in rows) if picture.split else [None]
+    for group in groups:
+        own = [row for row in rows if picture.split is None or row[picture.split] == group]
+        for y in picture.ys:
+            label = y if group is None else str(group) if len(picture.ys) == 1 else f"{group}, {y}"
+            drawn = [(row[picture.x], row[y]) for row in own if row[y] is not None]
+            (line,) = axes.plot(*zip(*drawn, strict=True), marker="o", label=label)
+            if picture.floor is not None:
+                least = [(row[picture.x], row[picture.floor]) for row in own if row[picture.floor]]
+                if least:
+                    axes.plot(
+                        *zip(*least, strict=True), linestyle="--", color=line.get_color(), alpha=0.6
+                    )
+    if picture.log_x:
+        axes.set_xscale("log", base=2)
+    axes.set_xlabel(picture.x)
+    axes.set_ylabel(picture.unit or picture.ys[0])
+    axes.set_title(found["title"], fontsize=10)
+    axes.text(
+        1.0, -0.16, found["machine"], transform=axes.transAxes, ha="right", fontsize=7, color="gray"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file.with_suffix(".png"), dpi=110)

@@ -1,0 +1,116 @@
+"""What benchmarks write, and the README's table of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import plain_stack  # noqa: E402
+import readme  # noqa: E402
+import results  # noqa: E402
+
+from moda_compile import MoDAConfig  # noqa: E402
+from moda_compile.testing import check_conversion  # noqa: E402
+
+ROWS = [
+    {"T": 1024, "kind": "a", "ratio": 0.51234, "floor": 0.5},
+    {"T": 2048, "kind": "a", "ratio": 1234.5, "floor": None},
+    {"T": 1024, "kind": "b", "ratio": None, "floor": None},
+    {"T": 2048, "kind": "b", "ratio": 0.75, "floor": 0.5},
+]
+
+
+@pytest.fixture
+def published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[dict[str, Any], str]:
+    script = str(ROOT / "benchmarks" / "model.py")
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path), "--jobs", "2"])
+    results.publish(
+        "model",
+        "A title",
+        ROWS,
+        claims=[("one thing", "0.512"), ("another", "3")],
+        picture=results.Picture(x="T", ys=("ratio",), split="kind", floor="floor", log_x=True),
+        setting="how it was",
+        folder=tmp_path,
+    )
+    found = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
+    return found, capsys.readouterr().out
+
+
+def test_what_is_written(published: Any, tmp_path: Path) -> None:
+    found, _ = published
+    assert found["command"] == "PYTHONPATH=. python benchmarks/model.py --jobs 2"
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["rows"] == ROWS
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_printed(published: Any) -> None:
+    lines = published[1].splitlines()
+    assert lines[0] == "A title"
+    assert lines[3] == "how it was"
+    assert [line.split() for line in lines[5:]] == [
+        ["T", "kind", "ratio", "floor"],
+        ["-----", "----", "-----", "-----"],
+        ["1,024", "a", "0.512", "0.5"],
+        ["2,048", "a", "1,234", "-"],
+        ["1,024", "b", "-", "-"],
+        ["2,048", "b", "0.75", "0.5"],
+    ]
+
+
+def test_the_table_of_the_readme(published: Any, tmp_path: Path) -> None:
+    lines = readme.render(tmp_path).splitlines()
+    assert lines[2].startswith("| one thing | 0.512 | `PYTHONPATH=. python benchmarks/model.py")
+    assert lines[3] == "| another | 3 | the same |"
+    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter"
+    assert readme.put_into(text, "new") == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter"
+    with pytest.raises(ValueError, match="figures:begin"):
+        readme.put_into("no place", "new")
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.put_into(text, readme.render(readme.FOLDER)) == text
+    for name, found in readme.found(readme.FOLDER):
+        if found["picture"] is not None:
+            assert (readme.FOLDER / f"{name}.png").exists()
+
+
+def test_every_file_of_results_is_in_the_table() -> None:
+    names = {file.stem for file in readme.FOLDER.glob("*.json")} - {"families"}  # its own table
+    assert names <= set(readme.ORDER)
+
+
+def test_a_file_without_a_picture_is_not_drawn(tmp_path: Path) -> None:
+    results.publish("memory", "A title", ROWS, claims=[], folder=tmp_path)
+    assert not (tmp_path / "memory.png").exists()
+
+
+def test_out_is_an_option() -> None:
+    parser = argparse.ArgumentParser()
+    results.add_arguments(parser)
+    assert parser.parse_args([]).out == readme.FOLDER
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_plain_stack_converts(kv_heads: int) -> None:
+    shape = plain_stack.Shape(
+        layers=3, width=32, heads=4, kv_heads=kv_heads, head_dim=8, ffn=48, batch=2, tokens=7
+    )
+    model = plain_stack.Stack(shape)
+    x = shape.inputs("cpu", torch.float32)
+    assert x.requires_grad
+    check_conversion(model, (x.detach(),), MoDAConfig(), backend="aot_eager")
