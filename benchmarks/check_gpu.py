@@ -100,6 +100,17 @@ def cases() -> Iterator[Case]:
         yield replace(base, dtype=FP32, t=t, past=past)
         yield replace(base, mask="bool", causal=False, t=t, past=past)
         yield replace(base, mask="alibi + gradient", causal=False, g=2, t=t, past=past)
+    fused = replace(base, sequence="fused")
+    for dtype in (BF16, FP16, FP32):
+        yield replace(fused, dtype=dtype)
+        yield replace(fused, dtype=dtype, mode="stacked", mask="bool", causal=False, g=2)
+    for d, g in ((16, 3), (64, 1), (76, 1), (80, 2), (128, 2), (192, 1), (256, 8), (64, 32)):
+        yield replace(fused, d=d, g=g, t=130)
+    for layout in ("slice", "head_major", "odd_offset", "dim_major", "mixed"):
+        yield replace(fused, layout=layout)
+    for t, past in ((1, 1), (5, 130), (130, 67), (1031, 0)):
+        yield replace(fused, t=t, past=past, accumulator=BF16)
+    yield replace(fused, s=0)
     # Masks; the first token of every batch entry sees no key at all, but for "alibi" and "padding".
     base = replace(base, causal=False, g=2, s=5)
     learned = "alibi + gradient"
@@ -227,6 +238,8 @@ def check(case: Case) -> tuple[str, dict[str, float], dict[str, float]]:
     mask = make_mask(case)
     learned = mask is not None and mask.requires_grad
     lowering = Lowering("split", case.sequence, "forced") if case.sequence else None
+    if case.sequence == "fused":
+        lowering = Lowering("fused", "triton", "forced")
     options: dict[str, Any] = dict(
         is_causal=case.causal,
         scale=scale,

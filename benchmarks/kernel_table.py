@@ -5,8 +5,9 @@
 Rows are those of arXiv 2603.15619's kernel table (B=1, bf16, causal, 8 key heads, L slots), forward
 + backward, all within one run, medians: FLA's Triton attention WITHOUT depth (`parallel_attn` of
 fla-core; left out where that is not installed), the platform's fastest attention without depth,
-and ours with. "memory" is what 6 passes over the slots cost at the bandwidth of a device copy of
-the same run: K and V read forward and backward, dK and dV written once.
+and ours with: what is chosen, and the fused kernels up to T=16384. "memory" is what 6 passes over
+the slots cost at the bandwidth of a device copy of the same run: K and V read forward and backward,
+dK and dV written once.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from results import Picture, add_arguments, publish
 from torch import Tensor
 from tqdm import tqdm
 
-from moda_compile.kernels import choose, sequence, split
+from moda_compile.kernels import Lowering, choose, sequence, split
 
 DTYPE, KV_HEADS = torch.bfloat16, 8
+FUSED = Lowering("fused", "triton", "compared here")
 SIZES = (
     *((tokens, 8, 64) for tokens in (4096, 8192, 16384, 32768, 65536)),
     *((16384, group, 64) for group in (2, 4, 16, 32)),
@@ -100,6 +102,10 @@ def row(shape: Shape, bandwidth: float) -> dict[str, Any]:
         out, lse = split.forward_stacked(q, k, v, depth_k, depth_v, **options)
         split.backward_stacked(grad, q, k, v, depth_k, depth_v, out, lse, **options)
 
+    def fused() -> None:
+        out, lse = split.forward_stacked(q, k, v, depth_k, depth_v, **options, lowering=FUSED)
+        split.backward_stacked(grad, q, k, v, depth_k, depth_v, out, lse, **options, lowering=FUSED)
+
     base, joint = milliseconds(alone), milliseconds(ours)
     forward = milliseconds(lambda: split.forward_stacked(q, k, v, depth_k, depth_v, **options))
     memory = 6 * 2 * depth_k.numel() / bandwidth
@@ -115,6 +121,7 @@ def row(shape: Shape, bandwidth: float) -> dict[str, Any]:
     return {
         "T": shape.tokens, "G": shape.group, "L": shape.slots, "d": d,
         "FLA ms": reference, f"{name} ms": base, "ours ms": joint, "ours forward ms": forward,
+        "fused ms": milliseconds(fused) if shape.tokens <= 16384 else None,
         "over FLA": None if reference is None else joint / reference, "at most": shape.over_fla,
         "memory ms": memory, "extra / memory": (joint - base) / memory, "extra at most": 1.2,
         "alone / ours": base / joint,

@@ -48,11 +48,11 @@ complete, and so are those of the slot before it."""
 class Lowering:
     """How one attention call is computed, and why.
 
-    name: "split" (the platform's attention, then a Triton kernel for the depth slots), "decode"
-        (Triton kernels for few queries over many keys), "plain" (PyTorch operations only) or
-        "cpu". sequence: what computes the sequence part: "cudnn", "flash", "efficient" or "math"
-        on GPUs; "triton" of "decode"; "given" where the graph itself does. reason: one sentence
-        for the report.
+    name: "split" (the platform's attention, then a Triton kernel for the depth slots), "fused" (one
+        Triton kernel for both), "decode" (Triton kernels for few queries over many keys), "plain"
+        (PyTorch operations only) or "cpu". sequence: what computes the sequence part: "cudnn",
+        "flash", "efficient" or "math" on GPUs; "triton" of "fused" and "decode"; "given" where the
+        graph itself does. reason: one sentence for the report.
     """
 
     name: str
@@ -95,7 +95,9 @@ def choose(
     capability: tuple[int, int] | None = None,
     available: frozenset[str] | None = None,
     masked: bool = False,
+    additive: bool = False,
     mask_gradient: bool = False,
+    traced: bool = False,
 ) -> Lowering:
     """The lowering for these inputs, keyed by what they are and by compute capability.
 
@@ -109,7 +111,9 @@ def choose(
         capability: (major, minor) compute capability; by default the current device's.
         available: by default `available_sequence_kernels()`.
         masked: the sequence has a mask, and not the causal one.
-        mask_gradient: that mask requires a gradient.
+        additive: that mask is numbers to add. mask_gradient: and requires a gradient.
+        traced: the launches are being recorded for Inductor, as those of the fused kernels, which
+            take tuples of strides, can't be.
     """
     if device_type != "cuda":
         extra = ", the mask's gradient by T x T scores" if masked and mask_gradient else ""
@@ -124,7 +128,8 @@ def choose(
     few = False
     if type(queries) is int and tokens is not None:
         few = queries <= MAX_DECODE_QUERIES and bool(tokens > queries)
-    return _choose(dtype, int(head_dim), few, single, capability, available, masked)
+    fusable = not (additive or mask_gradient or traced)
+    return _choose(dtype, int(head_dim), few, single, capability, available, masked, fusable)
 
 
 def choose_merge(*, device_type: str, dtype: torch.dtype, head_dim: int) -> Lowering:
@@ -165,6 +170,7 @@ def _choose(
     capability: tuple[int, int],
     available: frozenset[str],
     masked: bool,
+    fusable: bool,
 ) -> Lowering:
     unserved = _depth_obstacle(dtype, head_dim)
     if unserved is not None:
@@ -185,7 +191,10 @@ def _choose(
             text = f"{name} attention, capability {capability[0]}.{capability[1]}{tried}."
             return Lowering("split", name, text)
         refused.append(f"{name}: {obstacle}")
-    return Lowering("split", "math", f"no fused attention: {'; '.join(refused)}.")
+    none = f"no attention of the platform: {'; '.join(refused)}"
+    if fusable and (dtype != torch.bfloat16 or capability >= (8, 0)):
+        return Lowering("fused", "triton", f"{none}; one Triton kernel for sequence and slots.")
+    return Lowering("split", "math", f"{none}.")
 
 
 def _depth_obstacle(dtype: torch.dtype, head_dim: int) -> str | None:

@@ -41,6 +41,11 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def power_of_two(n: int) -> int:
+    """n rounded up to a power of two."""
+    return 1 << (n - 1).bit_length()
+
+
 Products = Literal["vector", "matrix"]
 """How a depth kernel multiplies: element by element, or with tensor cores."""
 
@@ -149,6 +154,35 @@ def _one_token(head_dim: int, group: int, dtype: torch.dtype) -> Tile:
 def _stages(capability: tuple[int, int]) -> int:
     # Asynchronous copies into shared memory (compute capability 8.0) let loads run ahead.
     return 2 if capability >= (8, 0) else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedTile:
+    """Of the fused kernels: tokens a program, with all their query heads of one key/value head;
+    keys a step; warps, stages: launch options.
+    """
+
+    tokens: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def fused_tile(
+    *, head_dim: int, group: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> FusedTile:
+    """Tile of the fused kernels; arguments as for `forward_tile`.
+
+    Rows are tokens times query heads, the group padded to a power of two; a product takes at least
+    16. float32 products are unrolled, so their tiles are small. All fit into the 99 KiB of shared
+    memory that the smallest GPUs since capability 8.0 have.
+    """
+    heads = power_of_two(group)
+    width = padded(head_dim)
+    rows = (16 if width > 128 else 32) if dtype == torch.float32 else (32 if width > 128 else 64)
+    keys = 16 if dtype == torch.float32 else 64 if width <= 64 else 32
+    stages = _stages(capability) if dtype != torch.float32 else 1
+    return FusedTile(tokens=max(1, rows // heads), keys=keys, warps=4, stages=stages)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moda_compile.kernels.tiles import slot_rows
-
-
-@triton.jit
-def _product(a, b, EMULATED: tl.constexpr):
-    """a [m, k] x b [k, n] in float32; exact (ieee) for float32 operands. See `batched_dot`."""
-    if EMULATED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+from moda_compile.kernels.tiles import product, slot_rows
 
 
 @triton.jit
@@ -158,11 +149,11 @@ def slot_part(
     query_rows = tl.multiple_of(query_rows, [ALIGN])
     live = member_live[:, None] & dim_live[None, :]
     q = tl.load(query_rows[:, None] + dim[None, :], mask=live, other=0.0)
-    z = _product(q, tl.trans(k), EMULATED) * factor
+    z = product(q, tl.trans(k), EMULATED) * factor
     z = tl.where(slot_live[None, :], z, float("-inf"))
     maximum = tl.max(z, 1)
     p = tl.exp2((z - maximum[:, None]) * LOG2E)
-    total = _product(p.to(v.dtype), v, EMULATED)
+    total = product(p.to(v.dtype), v, EMULATED)
     index = (pair.to(tl.int64) * rows + token * GROUP + member) * parts + splits + chunk
     total_rows = tl.multiple_of(partial + index * WIDTH, [16])
     tl.store(total_rows[:, None] + dim[None, :], total, mask=live)
@@ -290,7 +281,7 @@ def split_part(
         k = tl.load(key_rows[:, None] + dim[None, :], mask=load_live, other=0.0)
         value_rows = tl.multiple_of(value_start + u * value_stride_token, [VALUE_ALIGN])
         v = tl.load(value_rows[:, None] + dim[None, :], mask=load_live, other=0.0)
-        z = _product(q, tl.trans(k), EMULATED) * factor
+        z = product(q, tl.trans(k), EMULATED) * factor
         if MASK == 2:
             z += bias
         z = tl.where(visible, z, float("-inf"))
@@ -301,7 +292,7 @@ def split_part(
         shrink = tl.exp2((maximum - pivot) * LOG2E)
         p = tl.exp2((z - pivot[:, None]) * LOG2E)
         weight = weight * shrink + tl.sum(p, 1)
-        total = total * shrink[:, None] + _product(p.to(v.dtype), v, EMULATED)
+        total = total * shrink[:, None] + product(p.to(v.dtype), v, EMULATED)
         maximum = new_maximum
 
     # A row that saw nothing: 0 times what other rows' keys hold, which need not be finite.

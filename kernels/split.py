@@ -3,7 +3,8 @@
 Forward: (out_seq, lse_seq) of the fastest attention there is, merged with the depth slots by
 `depth_forward`. Backward: that attention's own backward with the joint out and lse, then
 `depth_backward`. The two parts separate exactly (see `sequence`). The forward of a few queries over
-many keys is `decode`'s alone.
+many keys is `decode`'s alone; where the platform has no attention that serves, `fused_forward` and
+`fused_backward` do it all.
 
 `forward` and `backward` take the slots as separate tensors, and are to be called from an opaque
 operator. The stacked forms take one tensor a side and can be traced (`torch.library.triton_op`).
@@ -28,6 +29,8 @@ from moda_compile.kernels import (
     depth_backward,
     depth_forward,
     depth_gather,
+    fused_backward,
+    fused_forward,
     joint,
     launch,
     masks,
@@ -67,14 +70,16 @@ def forward(
         (float64 for float64 inputs). A row without a visible key gives all its weight to the
         slots; without slots its out is 0 and its lse -inf.
     """
-    masked = mask is not None or masks.is_shifted(q, k, is_causal)
-    lowering = lowering or _lowering(q, k, masked, queries=q.shape[2])
+    lowering = lowering or _lowering(q, k, is_causal, mask, queries=q.shape[2])
     if q.numel() == 0:
         return _nothing(q)
     has_slots = _count(depth_k) > 0
     if lowering.name == "decode":
         slots = _slots(depth_k, depth_v, listed=True) if has_slots else None
         return decode.run(q, k, v, slots, is_causal=is_causal, scale=scale, mask=mask)
+    if lowering.name == "fused":
+        slots = _slots(depth_k, depth_v) if has_slots else None
+        return fused_forward.run(q, k, v, slots, is_causal=is_causal, scale=scale, mask=mask)
     is_causal, mask = masks.aligned(q, k, is_causal, mask)
     q = launch.unit_rows(q)
     if mask is not None and not has_slots:
@@ -351,11 +356,18 @@ def _backward(
 
     Where there are slots but no grads, delta is returned.
     """
-    is_causal, mask = masks.aligned(q, k, is_causal, mask)
-    lowering = lowering or _lowering(q, k, mask is not None, mask_gradient=mask_gradient)
+    lowering = lowering or _lowering(q, k, is_causal, mask, mask_gradient=mask_gradient)
     if q.numel() == 0:
         dmask = masks.no_gradient(mask) if mask_gradient else None
         return _empty(q), _empty(k), _empty(v), dmask, None if grads else _no_delta(q)
+    if lowering.name == "fused":
+        slots = _slots(depth_k, depth_v) if _count(depth_k) > 0 else None
+        dq, dk, dv, delta = fused_backward.run(
+            grad_out, q, k, v, slots, out, lse, *(grads or (None, None)),
+            accumulate=accumulate, is_causal=is_causal, scale=scale, mask=mask,
+        )  # fmt: skip
+        return dq, dk, dv, None, None if grads else delta
+    is_causal, mask = masks.aligned(q, k, is_causal, mask)
     q, grad_out = launch.unit_rows(q), launch.token_major(grad_out)
     out, lse = launch.unit_rows(out), launch.contiguous(lse)
     has_slots = _count(depth_k) > 0
@@ -367,14 +379,14 @@ def _backward(
         lowering.sequence, grad, q, k, v, out, lse,
         is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
     )  # fmt: skip
-    delta = None
+    own_delta = None
     if has_slots:
-        dq, delta = _depth_backward(
+        dq, own_delta = _depth_backward(
             lowering, grad_out, q, out, lse, dq, depth_k, depth_v, grads, accumulate, scale
         )
     else:
         dq = launch.token_major(dq)
-    return dq, launch.token_major(dk), launch.token_major(dv), dmask, delta
+    return dq, launch.token_major(dk), launch.token_major(dv), dmask, own_delta
 
 
 def _depth_backward(
@@ -416,7 +428,8 @@ def _slots(depth_k: _Slots, depth_v: _Slots, *, listed: bool = False) -> slot_ta
 def _lowering(
     q: Tensor,
     k: Tensor,
-    masked: bool,
+    is_causal: bool,
+    mask: Tensor | None,
     *,
     queries: int | None = None,
     mask_gradient: bool = False,
@@ -430,8 +443,10 @@ def _lowering(
         queries=queries,
         capability=(8, 0) if interpreted else launch.capability(q),
         available=frozenset() if interpreted else None,
-        masked=masked,
+        masked=mask is not None or masks.is_shifted(q, k, is_causal),
+        additive=mask is not None and mask.dtype != torch.bool,
         mask_gradient=mask_gradient,
+        traced=launch.is_traced(q),
     )
 
 

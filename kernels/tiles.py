@@ -21,6 +21,15 @@ TABLE_COLUMNS = 8
 
 
 @triton.jit
+def product(a, b, EMULATED: tl.constexpr):
+    """a [m, k] x b [k, n] in float32; exact (ieee) for float32 operands. See `batched_dot`."""
+    if EMULATED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def batched_dot(a, b, EMULATED: tl.constexpr):
     """One small matrix product per token: [token, m, k] x [token, k, n] in float32.
 

@@ -5,6 +5,7 @@ The operators choose by the same predicate when they run; this pass only records
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule
 
 from moda_compile import fx
@@ -33,6 +34,11 @@ def run(gm: GraphModule, plan: Plan) -> None:
             lengths = (x.shape[-2] for x in (query, fx.value(attention.key)))
             queries, keys = (n if type(n) is int else None for n in lengths)
             chosen = kernels.choose(
-                **what, queries=queries, tokens=keys, masked=mask is not None, mask_gradient=learned
+                **what,
+                queries=queries,
+                tokens=keys,
+                masked=mask is not None,
+                additive=mask is not None and mask.dtype != torch.bool,
+                mask_gradient=learned,
             )
         plan.lowerings.append((chosen.name, chosen.reason))

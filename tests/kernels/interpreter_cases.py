@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moda_compile.kernels import configs, split  # noqa: E402
+from moda_compile.kernels import Lowering, configs, split  # noqa: E402
 from moda_compile.kernels import sequence as sequence_kernels  # noqa: E402
 from tests.kernels.script import report  # noqa: E402
 
@@ -149,6 +149,24 @@ def cases() -> Iterator[dict[str, Any]]:
         part |= dict(causal=mode != "merge", b=2 if s == 1 and g < 8 else 1)
         yield vector | part | dict(g=g, s=s, d=next(sizes), tile=next(tiles))
     yield vector | dict(mode="list", dtype="bf16", acc="bf16", d=256, hk=3, s=2, tile=(2, 4, 2))
+    # One kernel for sequence and slots.
+    fused = base | dict(lowering="fused")
+    for mode, dtype in itertools.product(("list", "stacked"), DTYPES):
+        yield fused | dict(mode=mode, dtype=dtype, acc="fp32", t=37 if mode == "list" else 5)
+        yield fused | masked | dict(mode=mode, dtype=dtype, t=9)
+    yield fused | dict(mode="list", dtype="fp32", acc="fp32", d=1, g=1)
+    for d, g, t in ((5, 1, 70), (76, 3, 9), (128, 1, 33), (256, 20, 3), (40, 8, 9)):
+        yield fused | dict(mode="list", dtype="bf16", acc="bf16", d=d, g=g, t=t, s=2)
+    for queries, keys in ((1, 6), (3, 70), (37, 50)):
+        yield fused | dict(mode="list", dtype="fp16", acc="fp32", t=queries, keys=keys)
+    for layout in LAYOUTS[1:]:
+        yield fused | dict(mode="list", dtype="bf16", acc="fp32", layout=layout, d=24, b=2, t=3)
+    yield fused | dict(mode="list", dtype="bf16", acc="fp32", s=0, t=18)
+    yield fused | dict(mode="stacked", dtype="fp32", acc="fp32", s=17, causal=False)
+    yield fused | dict(mode="list", dtype="fp16", acc="fp16", s=5, mixed=True, hk=3)
+    for shift in (40.0, -40.0):
+        yield fused | dict(mode="list", dtype="fp32", acc="fp32", shift=shift)
+    yield fused | dict(mode="gather", dtype="bf16", acc="bf16", readers=(2, 1), t=3, s=2)
     # Slots' gradients from all their readers at once; acc is the dtype that they come in.
     gathered = base | dict(mode="gather", t=3, s=2)
     for g, dtype in itertools.product((1, 2, 4), DTYPES):
@@ -211,7 +229,8 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     mask = None
     if case.get("mask"):  # the first two rows see nothing, the others what is not behind them
         mask = torch.ones(t, t, dtype=torch.bool).tril(-2)
-    options: dict[str, Any] = dict(is_causal=causal, scale=scale, mask=mask)
+    lowering = chosen_lowering(case)
+    options: dict[str, Any] = dict(is_causal=causal, scale=scale, mask=mask, lowering=lowering)
     empty = torch.empty(0, b, hk, t, d, dtype=dtype)
     stack_k = torch.stack(depth_k) if s else empty
     stack_v = torch.stack(depth_v) if s else empty
@@ -229,6 +248,7 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
             saved = (grad, q, k, v, depth_k, depth_v, out, lse, acc)
             dq, dk, dv, _ = split.backward(*saved, **options)
         else:
+            options.pop("lowering")
             own = sequence_kernels.forward("math", q, k, v, **options)
             out, lse = split.merge(*own, q, depth_k, depth_v, scale=scale)
             merged = (grad, *own, q, depth_k, depth_v, out, lse, acc)
@@ -270,6 +290,13 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def chosen_lowering(case: dict[str, Any]) -> Lowering | None:
+    """Split, but where the case says so; with a KV cache what the library chooses."""
+    if case.get("lowering") == "fused":
+        return Lowering("fused", "triton", "named by the test")
+    return None if "keys" in case else Lowering("split", "math", "named by the test")
+
+
 def gather_errors(case: dict[str, Any]) -> dict[str, Any]:
     """As `errors`, of several layers that read the same slots; dq, dk, dv of the first of them."""
     generator = torch.Generator().manual_seed(1)
@@ -287,6 +314,7 @@ def gather_errors(case: dict[str, Any]) -> dict[str, Any]:
 
     depth_k, depth_v = [tensor(hk) for _ in range(s)], [tensor(hk) for _ in range(s)]
     options: dict[str, Any] = dict(is_causal=case["causal"], scale=scale)
+    options["lowering"] = chosen_lowering(case)
     layers = [tuple(tensor(n) for n in (hq, hq, hk, hk)) for _ in range(max(count))]
     made, saved = [], []
     for number, (grad, q, k, v) in enumerate(layers):

@@ -35,7 +35,18 @@ def pick(**changes: Any) -> Lowering:
         ({"capability": (10, 0)}, "split", "cudnn", "capability 10.0"),
         ({"capability": (8, 0)}, "split", "flash", "capability 8.0"),
         ({"available": ALL - {"cudnn"}}, "split", "flash", "cudnn: not available or disabled"),
-        ({"available": frozenset()}, "split", "math", "no fused attention"),
+        ({"available": frozenset()}, "fused", "triton", "no attention of the platform"),
+        ({"available": frozenset(), "masked": True}, "fused", "triton", "efficient: not"),
+        ({"available": frozenset(), "dtype": torch.float32}, "fused", "triton", "one Triton"),
+        ({"available": frozenset(), "traced": True}, "split", "math", "no attention of the"),
+        (
+            {"available": frozenset(), "masked": True, "additive": True},
+            *("split", "math", "no attention of the platform"),
+        ),
+        (
+            {"available": frozenset(), "masked": True, "mask_gradient": True},
+            *("split", "math", "no attention of the platform"),
+        ),
         ({"tokens": 1}, "split", "flash", "a key sequence of one token"),
         ({"tokens": None}, "split", "cudnn", "cudnn"),
         ({"queries": 1}, "decode", "triton", "few queries over many keys"),
@@ -61,7 +72,7 @@ def pick(**changes: Any) -> Lowering:
         ({"masked": True, "mask_gradient": True}, "split", "efficient", "capability 9.0"),
         ({"masked": True, "head_dim": 256}, "split", "efficient", "takes no mask"),
         ({"masked": True, "tokens": 1}, "split", "efficient", "takes no mask"),
-        ({"masked": True, "available": ALL - {"efficient"}}, "split", "math", "efficient: not"),
+        ({"masked": True, "available": ALL - {"efficient"}}, "fused", "triton", "efficient: not"),
         ({"masked": True, "dtype": torch.float64}, "plain", "math", "float64"),
         ({"masked": True, "device_type": "cpu"}, "cpu", "flash", "slots by PyTorch."),
         (
@@ -100,7 +111,7 @@ def test_lowering_is_frozen() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what holds without a GPU")
 def test_nothing_is_available_without_a_gpu() -> None:
     assert available_sequence_kernels() == frozenset()
-    assert choose(device_type="cuda", dtype=torch.float16, head_dim=64).sequence == "math"
+    assert choose(device_type="cuda", dtype=torch.float16, head_dim=64).name == "fused"
 
 
 def test_choosing_imports_no_triton() -> None:
