@@ -4,8 +4,8 @@ Autograd's form (see `ops`) threads one accumulator through the layers' backward
 and writes the gradient of every slot it reads. AOTAutograd's joint graph holds them all. There each
 `depth_attention_backward` and `depth_merge_backward` becomes the operator that leaves the slots
 out, and where a row of the accumulator is taken out, `depth_gather` computes it from the layers
-that had added to it by then; slots that are complete by then come along, as many as
-`kernels.gathers` says.
+that had added to it by then; another slot that is complete by then comes along. Whether a stack is
+worth it says `kernels.gathers`.
 
 Why it is safe: a row starts at zero and is what those layers added; nothing else may touch the
 accumulator, or the whole chain is left as it is. So is a chain of a form that is not known here:
@@ -39,12 +39,11 @@ _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUT
 def run(graph: Graph) -> None:
     """Rewrite the chains of accumulators of a joint graph, in place."""
     place = {node: i for i, node in enumerate(graph.nodes)}
-    for chain in _chains(graph):
+    for chain in list(_chains(graph)):
         sites = _sites(chain)
-        if sites is not None and _worthwhile(chain):
-            _rewrite(graph, chain, sites, place)
-    graph.eliminate_dead_code()
-    graph.lint()
+        if sites is not None and _worthwhile(chain) and _rewrite(graph, chain, sites, place):
+            graph.eliminate_dead_code()
+            graph.lint()
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +168,8 @@ def _rows(reader: _Reader) -> tuple[Node, ...]:
 
 def _rewrite(
     graph: Graph, chain: list[_Reader], sites: list[_Site], place: dict[Node, int]
-) -> None:
+) -> bool:
+    """Gather this chain's gradients; False, and nothing changed, where they are not one stack's."""
     from moda_compile.kernels import GATHERED_SLOTS
 
     keys, values = (max((r.call[side] for r in chain), key=len) for side in ("depth_k", "depth_v"))
@@ -178,14 +178,14 @@ def _rewrite(
         for r in chain
         for name, slots in (("depth_k", keys), ("depth_v", values))
     ):
-        return  # not one stack's slots
+        return False
     readers: dict[int, list[int]] = {}
     for site in sites:
         own = [i for i in range(site.readers) if chain[i].slots > site.slot]
         if readers.setdefault(site.slot, own) != own:
-            return
+            return False
     if not all(readers.values()):
-        return
+        return False
     deltas = [_leave_slots_out(graph, reader) for reader in chain]
     done: set[int] = set()
     sites = sorted(sites, key=lambda site: place[site.node])
@@ -206,6 +206,7 @@ def _rewrite(
         done.update(together)
         where = [site for site in sites if site.slot in together]
         _gather(graph, chain, deltas, keys, values, together, readers, where)
+    return True
 
 
 def _in_order(sets: Sequence[list[int]]) -> list[int] | None:
