@@ -40,7 +40,7 @@ def medians(calls: list[Callable[[], Any]], seconds: float) -> list[float]:
     return [statistics.median(own[1:]) for own in samples]
 
 
-def row(tokens: int, group: int, slots: int, seconds: float) -> dict[str, float]:
+def row(tokens: int, group: int, slots: int, seconds: float) -> dict[str, Any]:
     """A line of the table."""
 
     def make(heads: int) -> Tensor:
@@ -71,7 +71,7 @@ def row(tokens: int, group: int, slots: int, seconds: float) -> dict[str, float]
 
     one, two, three, four = medians([plain, deep, plain_both, deep_both], seconds)
     return {
-        "T": tokens, "G": group, "S": slots,
+        "T": tokens, "group and slots": f"G={group}, S={slots}",
         "forward ms": one, "with depth ms": two, "forward ratio": two / one,
         "both ms": three, "both with depth ms": four, "ratio": four / three,
         "floor": 1 + 2 * slots / tokens,
@@ -99,7 +99,9 @@ def main() -> None:
                 f"{ratios[0]:.2f}x to {ratios[-1]:.2f}x; no T x T matrix",
             )
         ],
-        picture=Picture(x="T", ys=("ratio",), split="S", log_x=True, unit="with depth / without"),
+        picture=Picture(
+            x="T", ys=("ratio",), split="group and slots", log_x=True, unit="with depth / without"
+        ),
         setting="float32, causal, B=1, head_dim 64, 2 KV heads; medians, the sides in turns",
         folder=args.out,
     )
