@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
+from results import Picture, add_arguments, publish
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -258,25 +259,43 @@ class Row:
         return self.batch * (1 if self.what == "decode" else self.context)
 
 
-def measure(
-    row: Row, config: MoDAConfig, budget: float, floors: bool
-) -> tuple[tuple[str, ...], bool]:
-    """The line's cells, and whether it holds."""
+def measure(row: Row, config: MoDAConfig, budget: float, floors: bool) -> dict[str, Any]:
+    """A line of the table."""
     floor = FLOORS[row.what]
-    label = (row.name, row.what, str(row.batch), str(row.context))
+    found: dict[str, Any] = {
+        "model": row.name, "what": row.what, "batch": row.batch, "context": row.context,
+        "plain tokens/s": None, "converted tokens/s": None, "ratio": None, "floor": floor,
+        "plain ms": None, "converted ms": None, "compile s": None, "not captured": None,
+        "verdict": "FAILED",
+    }  # fmt: skip
     try:
         result = compare(row.shape, row.what, row.batch, row.context, config, budget)
     except Exception as error:  # one failure must not hide the others
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return (*label, "-", "-", "-", f"{floor}", reason), False
+        return found | {"verdict": f"FAILED: {reason}"}
     first, second, compiling, skipped = result
     ratio = first / second
-    holds = ratio >= floor or not floors
-    speeds = (f"{row.tokens / x * 1e3:,.0f}" for x in (first, second))
-    verdict = "ok" if holds else "BELOW"
-    verdict += f" ({first:.3f}, {second:.3f} ms; compiling {compiling:.0f} s"
-    verdict += f"; {skipped} graphs not captured)" if skipped else ")"
-    return (*label, *speeds, f"{ratio:.3f}", f"{floor}", verdict), holds
+    return found | {
+        "plain tokens/s": int(row.tokens / first * 1e3),
+        "converted tokens/s": int(row.tokens / second * 1e3),
+        "ratio": ratio, "plain ms": first, "converted ms": second, "compile s": compiling,
+        "not captured": skipped, "verdict": "ok" if ratio >= floor or not floors else "BELOW",
+    }  # fmt: skip
+
+
+def claims(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The README's rows: of each model and kind of call, the ratios by batch x context."""
+    found = []
+    for name, what in dict.fromkeys((row["model"], row["what"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["what"]) == (name, what)]
+        ratios = (
+            f"{row['batch']} x {row['context']}: "
+            + ("-" if row["ratio"] is None else f"{row['ratio']:.3f}")
+            for row in own
+        )
+        text = f"{what}, {name}, tokens/s of plain by batch x context (at least {FLOORS[what]})"
+        found.append((text, ", ".join(ratios)))
+    return found
 
 
 def take_turns(lock: AbstractContextManager[Any]) -> None:
@@ -287,8 +306,8 @@ def take_turns(lock: AbstractContextManager[Any]) -> None:
 
 def model_rows(
     shapes: dict[str, Shape], arguments: argparse.Namespace, config: MoDAConfig
-) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """A line of the table, and whether it holds, for every model, batch and context."""
+) -> Iterator[dict[str, Any]]:
+    """A line of the table for every model, batch and context."""
     rows = [
         Row(name=name, shape=shape, what=what, batch=batch, context=context)
         for (name, shape), what, batch, context in itertools.product(
@@ -405,6 +424,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=1, help="rows compiled at a time")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no floors, also on a CPU")
+    add_arguments(parser)
     arguments = parser.parse_args()
     arguments.models = arguments.models.split(",")
     arguments.what = arguments.what.split(",")
@@ -437,20 +457,24 @@ def main() -> None:
         ]  # fmt: skip
         op_table += op_rows(shapes, arguments)
         print("\n".join(table(op_table)), flush=True)
-    rows: list[tuple[str, ...]] = [
-        (
-            "model", "what", "batch", "context", "plain tokens/s", "converted tokens/s", "ratio",
-            "floor", "",
-        )
-    ]  # fmt: skip
-    held = []
+    rows: list[dict[str, Any]] = []
     config = MoDAConfig(ffn_kv=arguments.ffn_kv)
-    for row, holds in model_rows(shapes, arguments, config):
-        print(" ".join(row), flush=True)  # as they come: a run may be cut short
+    for row in model_rows(shapes, arguments, config):
+        print(row, flush=True)  # as they come: a run may be cut short
         rows.append(row)
-        held.append(holds)
-    if held:
-        print("\n".join(table(rows)))
+    held = [row["verdict"] == "ok" for row in rows]
+    if rows:
+        publish(
+            "decode",
+            "Decoding and prefill of converted models over plain",
+            rows,
+            claims=claims(rows),
+            picture=Picture(
+                x="context", ys=("ratio",), split="batch", log_x=True, unit="tokens/s of plain"
+            ) if len({(row["model"], row["what"]) for row in rows}) == 1 else None,
+            setting=f"{DTYPE}, mode reduce-overhead, ffn_kv={arguments.ffn_kv!r}; in turns",
+            folder=arguments.out,
+        )  # fmt: skip
         print(f"{held.count(True)} of {len(held)} rows hold")
     sys.exit(held.count(False) > 0)
 

@@ -17,7 +17,9 @@ from results import FOLDER, draw
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-ORDER = ("kernel_table", "ablation", "model", "memory", "compile_time", "cpu_attention")
+ORDER = (
+    "kernel_table", "ablation", "model", "memory", "decode", "compile_time", "cpu_attention",
+)  # fmt: skip
 
 
 def found(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from moda_compile import MoDAConfig, kernels, pipeline
 from moda_compile.passes import gather
 from moda_compile.testing import RandomStack, StackConfig
+from tests.test_op_merge import sequence_part
 
 OPS = torch.ops.moda_compile
 GATHER, ACCUMULATE = OPS.depth_gather.default, OPS.depth_attention_backward.default
@@ -43,12 +44,15 @@ class Joint:
         *,
         gathering: bool = True,
         before: Callable[[GraphModule], None] | None = None,
+        rewritten: bool = False,
     ) -> None:
         self.config, self.gathering, self.before = config, gathering, before
+        self.rewritten = rewritten
         self.graphs: list[GraphModule] = []
 
     def __call__(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
-        pipeline.transform(gm, self.config, strict=True)
+        if not self.rewritten:
+            pipeline.transform(gm, self.config, strict=True)
         compiler = aot_autograd(
             fw_compiler=lambda graph, _: graph,
             partition_fn=self._partition,
@@ -86,14 +90,18 @@ def gradients(
 
 
 def check(
-    model: nn.Module, inputs: tuple[Tensor, ...], ffn_kv: Any = "none", **options: Any
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    ffn_kv: Any = "none",
+    rewritten: bool = False,
+    **options: Any,
 ) -> Joint:
     """The same gradients as accumulated; the backend that gathered."""
     config = MoDAConfig(ffn_kv=ffn_kv)
-    plain = Joint(config, gathering=False)
+    plain = Joint(config, gathering=False, rewritten=rewritten)
     expected = gradients(model, plain, inputs, **options)
     torch._dynamo.reset()
-    gathering = Joint(config)
+    gathering = Joint(config, rewritten=rewritten)
     got = gradients(model, gathering, inputs, **options)
     assert max(g.abs().max() for g in expected.values()) > 1e-6
     torch.testing.assert_close(got, expected, **TIGHT)
@@ -161,6 +169,38 @@ def test_checkpoints(groups: int) -> None:
         gradients(model, made, model.config.inputs())
         assert made.calls(GATHER) == []
         assert len(made.calls(ACCUMULATE)) == 4
+
+
+class Merged(nn.Module):
+    """Four attentions that tell their lse, rewritten by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 48).double() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        token = None
+        for number, layer in enumerate(self.layers):
+            q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in layer(x).chunk(3, -1))
+            out, lse = sequence_part(q, k, v, None, 0.25)
+            if number < 3:
+                token = OPS.write_slot(token, k, v, number, 3, torch.float64)
+            if keys:
+                out, token = OPS.join(out, lse, q, token, list(keys), list(values), 0.25)
+            keys.append(k)
+            values.append(v)
+            x = x + out.transpose(1, 2).flatten(-2)
+        return x
+
+
+def test_behind_attentions_that_tell_their_lse() -> None:
+    torch.manual_seed(0)
+    made = check(Merged(), (torch.randn(2, 7, 16, dtype=torch.float64),), rewritten=True)
+    assert [call[6] for call in made.calls(GATHER)] == [[1, 2], [3]]
+    assert len(made.calls(OPS.depth_merge_query_backward.default)) == 3
+    assert made.calls(OPS.depth_merge_backward.default) == []
 
 
 def test_rows_are_rounded_once_when_they_are_written() -> None:
