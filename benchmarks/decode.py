@@ -19,20 +19,17 @@ import contextlib
 import copy
 import gc
 import itertools
-import multiprocessing
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import timing
 import torch
 import triton
 from results import Picture, add_arguments, publish
@@ -47,7 +44,6 @@ from moda_compile.report import table
 FLOORS = {"decode": 0.95, "prefill": 0.90}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
-turn: AbstractContextManager[Any] = contextlib.nullcontext()  # held while this process is timing
 Cache = list[tuple[Tensor, Tensor]]
 
 
@@ -238,7 +234,7 @@ def compare(
     for step in steps:
         seconds(step, 1)
     compiling = time.perf_counter() - start
-    with turn:
+    with timing.turn:
         first, second = medians(steps, budget)
     return first * 1e3, second * 1e3, compiling, counters["inductor"]["cudagraph_skips"]
 
@@ -298,12 +294,6 @@ def claims(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return found
 
 
-def take_turns(lock: AbstractContextManager[Any]) -> None:
-    """Have this process time nothing but with the lock."""
-    global turn
-    turn = lock
-
-
 def model_rows(
     shapes: dict[str, Shape], arguments: argparse.Namespace, config: MoDAConfig
 ) -> Iterator[dict[str, Any]]:
@@ -317,20 +307,8 @@ def model_rows(
     rows = [
         row for row in rows if row.what in arguments.what and row.tokens <= arguments.prefill_tokens
     ]
-    others = (config, arguments.seconds, not arguments.quick)
-    if arguments.jobs == 1:
-        yield from (measure(row, *others) for row in rows)
-        return
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        arguments.jobs,
-        spawn,
-        initializer=take_turns,
-        initargs=(spawn.Lock(),),
-        max_tasks_per_child=1,  # what a row leaves in GPU memory goes with its process
-    ) as pool:
-        yield from (x.result() for x in [pool.submit(measure, row, *others) for row in rows])
+    work = [(row, config, arguments.seconds, not arguments.quick) for row in rows]
+    yield from timing.each(measure, work, arguments.jobs)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
+from timing import copy_bandwidth, milliseconds
 from torch import Tensor
 
 from moda_compile.kernels import (
@@ -70,17 +71,6 @@ SHAPES = (
     Shape(tokens=4096, group=2, kv_heads=8, head_dim=128, slots=72),
     Shape(tokens=4096, group=1, kv_heads=16, head_dim=76, slots=32),
 )
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    return triton.testing.do_bench(call, warmup=10, rep=60, return_mode="median")
-
-
-def copy_bandwidth() -> float:
-    """Bytes a millisecond of a large device copy, read and written counted."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / milliseconds(lambda: target.copy_(source))
 
 
 def rows(shape: Shape, heads: int) -> Tensor:

@@ -170,14 +170,11 @@ def time_kernel(
     call: Callable[..., Any],
     verify: Callable[[Callable[[], Any]], None],
     deadline: float,
-    only: str,
 ) -> None:
     """Print the times of one kernel's configurations, best first.
 
     call: takes products and tile. verify: calls what it is given, and raises if the result is off.
     """
-    if only not in title:
-        return
     chosen = configs.products(head_dim=shape.head_dim, group=shape.group, dtype=DTYPE)
     print(f"{shape}  {title}: floor {floor:.1f} us; {chosen} chosen", flush=True)
     timed: list[tuple[float, str]] = []
@@ -198,7 +195,7 @@ def time_kernel(
 
 
 def time_shape(shape: Shape, bandwidth: float, deadline: float, only: str) -> None:
-    """Print the tables of one shape's kernels."""
+    """Print the tables of one shape's kernels whose title contains `only`."""
     hq = shape.kv_heads * shape.group
     q, sequence_out, grad, sequence_dq = (rows(shape, hq) for _ in range(4))
     sequence_lse = torch.randn(shape.batch, hq, shape.tokens, device="cuda") + 2
@@ -216,11 +213,15 @@ def time_shape(shape: Shape, bandwidth: float, deadline: float, only: str) -> No
         depth_forward.run, q, sequence_out, sequence_lse, table, scale
     )
     floor = shape.bytes(None) / bandwidth
-    time_kernel("forward", shape, floor, call, verify_forward, deadline, only)
+    if only in "forward":
+        time_kernel("forward", shape, floor, call, verify_forward, deadline)
 
     saved = (grad, q, out, lse, sequence_dq)
     size = (shape.slots, 2, shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
     for dtype in (torch.float32, DTYPE):
+        title = f"backward += {str(dtype).removeprefix('torch.')}"
+        if only not in title:
+            continue
         expected, got = (
             torch.zeros(size, device="cuda", dtype=dtype).transpose(3, 4) for _ in range(2)
         )
@@ -229,16 +230,18 @@ def time_shape(shape: Shape, bandwidth: float, deadline: float, only: str) -> No
         dq, _ = plain.backward(*saved, depth_k, depth_v, *gradients, **options)
         verify = partial(verify_backward, dq, got, expected)
         call = partial(depth_backward.run, *saved, table, got[:, 0], got[:, 1], **options)
-        title = f"backward += {str(dtype).removeprefix('torch.')}"
         floor = shape.bytes(2 * dtype.itemsize) / bandwidth
-        time_kernel(title, shape, floor, call, verify, deadline, only)
-    del expected, got
+        time_kernel(title, shape, floor, call, verify, deadline)
+        del expected, got
 
-    call = partial(depth_backward.run, *saved, table, None, None, accumulate=False, scale=scale)
-    verify = partial(verify_query, dq, (grad.float() * out.float()).sum(-1))
-    floor = shape.bytes(0) / bandwidth
-    time_kernel("backward, no slots", shape, floor, call, verify, deadline, only)
-    time_gather(shape, bandwidth, depth_k[:2], depth_v[:2], deadline, only)
+    if only in (title := "backward, no slots"):
+        options = dict(accumulate=False, scale=scale)
+        dq, _ = plain.backward(*saved, depth_k, depth_v, None, None, **options)
+        call = partial(depth_backward.run, *saved, table, None, None, **options)
+        verify = partial(verify_query, dq, (grad.float() * out.float()).sum(-1))
+        time_kernel(title, shape, shape.bytes(0) / bandwidth, call, verify, deadline)
+    if only in "gather":
+        time_gather(shape, bandwidth, depth_k[:2], depth_v[:2], deadline)
 
 
 def time_gather(
@@ -247,7 +250,6 @@ def time_gather(
     keys: list[Tensor],
     values: list[Tensor],
     deadline: float,
-    only: str,
 ) -> None:
     """Print the table of two slots' gradients, read by S layers and by S - 1."""
     hq = shape.kv_heads * shape.group
@@ -257,8 +259,6 @@ def time_gather(
     deltas = [torch.randn(size, device="cuda") for _ in queries]
     arguments = (grads, queries, lses, deltas, keys, values, (shape.slots, shape.slots - 1))
     options: dict[str, Any] = dict(scale=shape.head_dim**-0.5, dtype=DTYPE)
-    if "gather" not in only and only:
-        return
     expected = joint.gather(*arguments, **options)
 
     def call(*, products: str, tile: configs.Tile | None) -> Tensor:
@@ -268,7 +268,7 @@ def time_gather(
         check(run(), expected, ROUNDING)
 
     floor = shape.gather_bytes() / bandwidth
-    time_kernel("gather", shape, floor, call, verify, deadline, only)
+    time_kernel("gather", shape, floor, call, verify, deadline)
 
 
 def verify_backward(

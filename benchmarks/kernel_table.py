@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from results import Picture, add_arguments, publish
+from timing import copy_bandwidth, milliseconds
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,17 +56,6 @@ class Shape:
         if self.tokens >= 16384:
             return 0.7 if self.group >= 8 else 1.0
         return 0.8
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    return float(triton.testing.do_bench(call, warmup=20, rep=120, return_mode="median"))
-
-
-def copy_bandwidth() -> float:
-    """Bytes a millisecond of a large device copy, read and written counted."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / milliseconds(lambda: target.copy_(source))
 
 
 def fla_attention() -> Callable[..., Tensor] | None:

@@ -10,6 +10,7 @@ model.py's last shape, B=1. Exits with 1 where a converted model takes more than
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import replace
 from typing import Any
@@ -66,11 +67,9 @@ def main() -> None:
     said = []
     for variant, found in grown.items():
         rates = [
-            (b - a) / (m - n)
-            for (a, b), (n, m) in zip(
-                zip(found, found[1:], strict=False),
-                zip(arguments.layers, arguments.layers[1:], strict=False),
-                strict=True,
+            (after - before) / (more - layers)
+            for (layers, before), (more, after) in itertools.pairwise(
+                zip(arguments.layers, found, strict=True)
             )
         ]
         said.append(f"{variant} {', '.join(f'{rate:.0f}' for rate in rates)}")

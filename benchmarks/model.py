@@ -12,18 +12,14 @@ time. --quick: tiny sizes, also on a CPU; no floors.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import timing
 import torch
 from plain_stack import Shape, Stack
 from results import Picture, add_arguments, publish
@@ -52,13 +48,6 @@ VARIANTS: dict[str, MoDAConfig | None] = {
     "none": MoDAConfig(),
     "projected": MoDAConfig(ffn_kv="projected"),
 }
-turn: AbstractContextManager[Any] = contextlib.nullcontext()  # held while this process is timing
-
-
-def take_turns(lock: AbstractContextManager[Any]) -> None:
-    """Have this process time nothing but with the lock."""
-    global turn
-    turn = lock
 
 
 def step_of(shape: Shape, options: MoDAConfig | None) -> Callable[[], None]:
@@ -100,7 +89,7 @@ def measure(name: str, shape: Shape, seconds: float, floors: bool) -> list[dict[
         synchronize()
         compiling[variant] = time.perf_counter() - start
     samples: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    with turn:
+    with timing.turn:
         if DEVICE == "cuda":
             for variant, step in steps.items():
                 torch.cuda.empty_cache()
@@ -148,21 +137,7 @@ def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
 def results(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Each shape's rows, as they come."""
     work = [(n, s, arguments.seconds, not arguments.quick) for n, s in chosen(arguments)]
-    if arguments.jobs == 1:
-        yield from (measure(*own) for own in work)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    os.environ.setdefault(
-        "TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs))
-    )
-    with ProcessPoolExecutor(
-        arguments.jobs,
-        spawn,
-        initializer=take_turns,
-        initargs=(spawn.Lock(),),
-        max_tasks_per_child=1,  # what a row leaves in GPU memory goes with its process
-    ) as pool:
-        yield from (x.result() for x in as_completed(pool.submit(measure, *own) for own in work))
+    yield from timing.each(measure, work, arguments.jobs)
 
 
 def main() -> None:

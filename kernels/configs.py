@@ -38,7 +38,7 @@ class Tile:
 
 def padded(n: int) -> int:
     """n rounded up to a power of two, at least 16: what a tensor-core product needs."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, power_of_two(n))
 
 
 def power_of_two(n: int) -> int:

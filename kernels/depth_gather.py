@@ -238,8 +238,7 @@ def run(
     keys, values = [[launch.unit_rows(x) for x in side] for side in (keys, values)]
     rows = slot_table.table(queries, grad_outs)
     numbers = slot_table.table(*([x.unsqueeze(-1) for x in side] for side in (lses, deltas)))
-    shape = (len(keys), 2, b, hk, t, d)
-    gradients = launch.token_major_empty(keys[0].new_empty((), dtype=dtype), shape)
+    gradients = keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
     # Tiles of equal accesses, in elements, lie in the same threads.
     size = keys[0].element_size()
     width = min(

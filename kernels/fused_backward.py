@@ -282,9 +282,12 @@ def run(
     delta = q.new_empty((b, hq, queries), dtype=torch.float32)
     q, k, v, grad_out, out = (launch.unit_rows(x) for x in (q, k, v, grad_out, out))
     read = slots or slot_table.none(q)
-    gradients = grad_slot_key is not None and slots is not None
-    slot_grads = (grad_slot_key, grad_slot_value) if gradients else (dq, dq)  # never touched
-    gradient_strides = slot_grads[0].stride() if gradients and slot_grads[0] is not None else ()
+    gradients = False
+    gradient_strides: tuple[int, ...] = (0,) * 5
+    if slots is None or grad_slot_key is None or grad_slot_value is None:
+        grad_slot_key = grad_slot_value = dq  # never touched
+    else:
+        gradients, gradient_strides = True, grad_slot_key.stride()
     tile = configs.fused_tile(
         head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
     )
@@ -319,7 +322,8 @@ def run(
             read.key,
             read.value,
             read.table,
-            *slot_grads,
+            grad_slot_key,
+            grad_slot_value,
             queries,
             keys,
             read.count,
@@ -335,7 +339,7 @@ def run(
             dq.stride()[:3],
             read.key_strides,
             read.value_strides,
-            gradient_strides or (0,) * 5,
+            gradient_strides,
             COLUMNS=tiles.TABLE_COLUMNS,
             TABLE=read.is_table,
             UNIFORM=read.is_uniform,

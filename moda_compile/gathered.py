@@ -38,7 +38,7 @@ def depth_attention_query_backward(
     """
     ops.check_slots(q, k, v, depth_k, depth_v)
     ops.check_mask(q, k, mask, is_causal)
-    _check_some("depth_attention_query_backward", depth_k)
+    ops.check_some("depth_attention_query_backward", depth_k)
     *gradients, mask_grad, delta = ops.kernels_for(q).query_backward(
         grad_out, q, k, v, depth_k, depth_v, out, lse,
         is_causal=is_causal, scale=scale, mask=mask, mask_gradient=mask_gradient,
@@ -118,11 +118,6 @@ def _(grad_outs, queries, lses, deltas, keys, values, readers, scale, dtype):  #
     return keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
 
 
-def _check_some(name: str, depth_k: Sequence[Tensor]) -> None:
-    if not depth_k:
-        raise InputError(f"{name}: got no depth slots, expected at least 1.")
-
-
 def _check_gather(
     grad_outs: Sequence[Tensor],
     queries: Sequence[Tensor],
@@ -133,7 +128,7 @@ def _check_gather(
     readers: Sequence[int],
 ) -> None:
     """Refuse shapes that would have a kernel read out of bounds."""
-    _check_some("depth_gather", keys)
+    ops.check_some("depth_gather", keys)
     counts = {len(grad_outs), len(queries), len(lses), len(deltas)}
     if len(counts) != 1 or not queries:
         raise InputError(

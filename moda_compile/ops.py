@@ -79,6 +79,12 @@ def check_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> No
         raise InputError(f"depth_attention: the mask is on {mask.device}, q on {q.device}.")
 
 
+def check_some(name: str, depth_k: Sequence[Tensor]) -> None:
+    """Refuse an operator `name` without slots."""
+    if not depth_k:
+        raise InputError(f"{name}: got no depth slots, expected at least 1.")
+
+
 def check_merge(
     sequence_out: Tensor,
     sequence_lse: Tensor,
@@ -87,8 +93,7 @@ def check_merge(
     depth_v: Sequence[Tensor],
 ) -> None:
     """As `check_slots`; the keys and values of the sequence are none of our business."""
-    if not depth_k:
-        raise InputError("depth_merge: got no depth slots, expected at least 1.")
+    check_some("depth_merge", depth_k)
     check_slots(q, depth_k[0], depth_v[0] if depth_v else depth_k[0], depth_k, depth_v)
     if sequence_out.shape != q.shape or sequence_lse.shape != q.shape[:3]:
         raise InputError(

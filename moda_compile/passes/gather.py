@@ -23,7 +23,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from moda_compile import gathered, ops  # noqa: F401  (registers the operators)
+from moda_compile import gathered  # noqa: F401  (registers the operators)
 
 _aten = torch.ops.aten
 _own = torch.ops.moda_compile
@@ -31,6 +31,7 @@ _QUERY_BACKWARD = {
     _own.depth_attention_backward.default: _own.depth_attention_query_backward.default,
     _own.depth_merge_backward.default: _own.depth_merge_query_backward.default,
 }
+_CAST = torch.ops.prims.convert_element_type.default
 _FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 _TOKEN_MAJOR = [0, 1, 2, 4, 3, 5]  # [slot, side, B, T, Hk, d] of memory to [.., Hk, T, d] and back
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -102,10 +103,9 @@ def _chains(graph: Graph) -> Iterator[list[_Reader]]:
 
 
 def _is_zeros(node: Node) -> bool:
-    zeros = bool(node.target in (_aten.zeros.default, _aten.new_zeros.default))
-    if node.target is _aten.full.default:
-        zeros = node.args[1] in (0, 0.0, False)
-    return zeros and len(_users(node)) == 1
+    zeros = node.target in (_aten.zeros.default, _aten.new_zeros.default)
+    zeros |= node.target is _aten.full.default and bool(node.args[1] == 0)
+    return bool(zeros) and len(_users(node)) == 1
 
 
 def _users(node: Node) -> list[Node]:
@@ -244,14 +244,10 @@ def _gather(
     order = _in_order([readers[slot] for slot in slots])
     assert order is not None
     taken = {user for site in sites for user in site.node.users}
-    narrow = {x.args[1] for x in taken if x.target is torch.ops.prims.convert_element_type.default}
-    dtype = _value(sites[0].node).dtype
+    casts = {x.args[1] if x.target is _CAST else None for x in taken}
     # Rounded once, when written, where all that was done with the rows is to round them.
-    rounded = len(narrow) == 1 and all(
-        x.target is torch.ops.prims.convert_element_type.default for x in taken
-    )
-    if rounded:
-        (dtype,) = narrow
+    rounded = len(casts) == 1 and casts != {None}
+    dtype = next(iter(casts)) if rounded else _value(sites[0].node).dtype
     calls = [chain[i].call for i in order]
     arguments = (
         [call["grad_out"] for call in calls],
