@@ -29,12 +29,22 @@ if __name__ != "moda_compile.kernels":
 
     sys.modules[__name__] = _Elsewhere(__name__)
 
-__all__ = ["Lowering", "available_sequence_kernels", "choose", "choose_merge", "gathers"]
+__all__ = [
+    "Lowering",
+    "available_sequence_kernels",
+    "choose",
+    "choose_merge",
+    "gathers",
+    "row_elements",
+]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _CUDNN_MAX_HEAD_DIM = 128  # on every GPU it serves
 _MAX_HEAD_DIM = 256  # of the depth kernels and of flash attention
 _MAX_GATHER_GROUP = 4
+ROW_ELEMENTS = 8
+"""What the head dims of the platform's attentions are multiples of."""
+
 MAX_DECODE_QUERIES = 16
 """The most query tokens that `decode` serves. There every 64 rows (tokens times the heads of one
 key head) walk the keys anew, and attention kernels for many queries do better."""
@@ -159,6 +169,23 @@ def gathers(*, device_type: str, dtype: torch.dtype, head_dim: int, group: int) 
     few = group <= _MAX_GATHER_GROUP
     products = configs.products(head_dim=head_dim, group=group, dtype=dtype)
     return served and few and products == "vector"
+
+
+def row_elements(lowering: Lowering, head_dim: int) -> int | None:
+    """head_dim to which a compiler pads q, k and v for this lowering, token-major in memory; None
+    where it leaves them as they are.
+
+    The platform's attentions take rows of a multiple of ROW_ELEMENTS elements and, backward, heads
+    inside tokens. What comes otherwise they copy, in every call; where q, k and v are made, writing
+    them so costs next to nothing, and zero columns change no result. The slots' rows, of whole 16
+    bytes then, are read with the widest loads.
+
+    Args:
+        lowering: as chosen. head_dim: d of the model.
+    """
+    if lowering.name != "split" or lowering.sequence not in ("cudnn", "flash", "efficient"):
+        return None
+    return -(-head_dim // ROW_ELEMENTS) * ROW_ELEMENTS
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moda_compile.kernels import joint, launch, masks
+from moda_compile.kernels import ROW_ELEMENTS, joint, launch, masks
 
 _aten = torch.ops.aten
-_ROW_ELEMENTS = 8  # the fused kernels take head dims that are multiples of this
 _MASK_ELEMENTS = 16  # and efficient attention rows of a mask that are multiples of this
 _LSE_TILE = 32  # efficient attention rounds the length of its lse up to a multiple of this
 
@@ -125,7 +124,7 @@ def backward(
     hk, dbias = k.shape[1], None
     grad_out, q, k, v, out = (_operand(x) for x in (grad_out, q, k, v, out))
     # With dropout 0 no kernel reads the random state; the arguments are there to be filled.
-    seed = offset = q.new_zeros((), dtype=torch.int64)
+    seed = offset = q.new_empty((), dtype=torch.int64)
     if name == "cudnn":
         # torch keeps cuDNN's backward graphs by the strides of q, k and v alone, built for an out
         # in q's own order of dimensions, as cuDNN's forward returns it. A plain model's graph in
@@ -201,8 +200,8 @@ def _operand(x: Tensor) -> Tensor:
     They load 16 bytes at once and trust their input: a slice that starts at an odd element would be
     an illegal access, not an error message.
     """
-    if x.shape[-1] % _ROW_ELEMENTS:
-        x = launch.token_major(F.pad(x, (0, -x.shape[-1] % _ROW_ELEMENTS)))
+    if x.shape[-1] % ROW_ELEMENTS:
+        x = launch.token_major(F.pad(x, (0, -x.shape[-1] % ROW_ELEMENTS)))
     if x.stride(-1) != 1 or launch.alignment(x) != 16:
         x = x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     return x

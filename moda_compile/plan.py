@@ -92,6 +92,8 @@ class Plan:
         reads: for each attention, how many slots of its stack it reads.
         replaced: numbers of the attentions that the rewrite replaces, in order.
         lowerings: for each attention, (name, reason).
+        widths: for each stack, the head_dim that its queries, keys, values and slots are padded to,
+            token-major in memory; None where they are left as they come.
     """
 
     config: MoDAConfig
@@ -105,6 +107,7 @@ class Plan:
     reads: list[int] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
     lowerings: list[tuple[str, str]] = field(default_factory=list)
+    widths: list[int | None] = field(default_factory=list)
 
     def refuse(self, node: Node, pattern: str, refused: Refused, *, fatal: bool = False) -> None:
         """Record a refusal; raises it as RewriteError if the plan is strict or it is ``fatal``."""

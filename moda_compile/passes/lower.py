@@ -1,4 +1,5 @@
-"""Say which kernels each attention will run on, and why: the only pass that knows of kernels.
+"""Say which kernels each attention will run on, why, and how they want their tensors: the only pass
+that knows of kernels in front of AOTAutograd.
 
 The operators choose by the same predicate when they run; this pass only records its answer.
 """
@@ -13,10 +14,11 @@ from moda_compile.plan import Plan
 
 
 def run(gm: GraphModule, plan: Plan) -> None:
-    """Fill in ``plan.lowerings``."""
+    """Fill in ``plan.lowerings`` and ``plan.widths``."""
     from moda_compile import kernels
 
     replaced = set(plan.replaced)
+    widths: dict[int, int | None] = {}
     for layer, attention in enumerate(plan.attentions):
         if layer not in replaced:
             plan.lowerings.append(("unchanged", "there is no slot to attend to"))
@@ -29,10 +31,12 @@ def run(gm: GraphModule, plan: Plan) -> None:
         }
         if attention.sequence is not None:
             chosen = kernels.choose_merge(**what)
+            own = True
         else:
             learned = mask is not None and mask.requires_grad
-            lengths = (x.shape[-2] for x in (query, fx.value(attention.key)))
+            lengths = [x.shape[-2] for x in (query, fx.value(attention.key))]
             queries, keys = (n if type(n) is int else None for n in lengths)
+            own = fx.hint(lengths[0]) == fx.hint(lengths[1])
             chosen = kernels.choose(
                 **what,
                 queries=queries,
@@ -42,3 +46,9 @@ def run(gm: GraphModule, plan: Plan) -> None:
                 mask_gradient=learned,
             )
         plan.lowerings.append((chosen.name, chosen.reason))
+        # A KV cache, of which the query's tokens are a part, would be copied as a whole.
+        if own and attention.own_key is None:
+            widths[layer] = kernels.row_elements(chosen, what["head_dim"])
+    for stack in plan.stacks:
+        found = {widths.get(layer) for layer in stack.members if layer in replaced}
+        plan.widths.append(found.pop() if len(found) == 1 else None)

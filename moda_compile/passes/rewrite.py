@@ -2,7 +2,9 @@
 
 Why it is safe: every use of an attention's output gets the new output, of the same shape, dtype
 and layout; every slot is written in front of its first reader; and a writer's keys and values are
-the very tensors that its own attention uses, or puts into the KV cache that it uses.
+the very tensors that its own attention uses, or puts into the KV cache that it uses. Where the plan
+has them padded, the columns added are zero: they add nothing to a score, and the output's are taken
+off again.
 """
 
 from __future__ import annotations
@@ -60,6 +62,8 @@ class _Chain:
         self.slots = [slot for slot in plan.slots if slot.stack == stack]
         first = plan.attentions[plan.stacks[stack].members[0]]
         self.dtype = fx.value(first.node).dtype
+        self.head_dim = int(fx.value(first.query).shape[-1])
+        self.width = plan.widths[stack]
         self.replaced = set(plan.replaced)
         self.own = {slot.layer: slot for slot in self.slots if slot.ffn is None}
         self.keys: list[Node] = []
@@ -74,7 +78,10 @@ class _Chain:
             return
         node = attention.node
         # Autocast lowers what SDPA computes in, not what a custom operator does.
-        query, key, value = self._cast(attention.query, attention.key, attention.value, like=node)
+        query, key, value = (
+            self._laid_out(x, like=node)
+            for x in self._cast(attention.query, attention.key, attention.value, like=node)
+        )
         # The own slot is written in front of the attention, so in backward the row is taken out
         # behind it, and Inductor adds it to the sequence part's gradient for free.
         depth = list(self.keys), list(self.values)
@@ -99,6 +106,9 @@ class _Chain:
             op, args = _attend, args if attention.mask is None else (*args, attention.mask)
         both = fx.insert(self.gm, op, args, like=node, instead=_without(args, depth))
         output, self.token = fx.item(self.gm, both, 0), fx.item(self.gm, both, 1)
+        if self.width not in (None, self.head_dim) and attention.sequence is None:
+            output = self._by_token(output, "narrow", (-1, 0, self.head_dim), like=node)
+            output = self._by_token(output, "contiguous", (), like=node)
         for step in attention.restore:
             output = fx.insert(
                 self.gm, step.target, (output, *step.args), dict(step.kwargs), like=node
@@ -111,6 +121,21 @@ class _Chain:
 
     def _cast(self, *nodes: Node, like: Node) -> Any:
         return tuple(fx.insert(self.gm, "to", (x, self.dtype), like=like) for x in nodes)
+
+    def _laid_out(self, x: Node, like: Node) -> Node:
+        """x [B, H, T, d] as the kernels want it: zero columns behind its own, token-major."""
+        if self.width is None:
+            return x
+        if self.width == self.head_dim:
+            return self._by_token(x, "contiguous", (), like=like)
+        pad, columns = torch.nn.functional.pad, (0, self.width - self.head_dim)
+        return self._by_token(x, pad, (columns,), like=like)
+
+    def _by_token(self, x: Node, target: Any, args: tuple[Any, ...], like: Node) -> Node:
+        """A call whose result lies in memory as [B, T, H, d] does, of x and to x's axes."""
+        for step, own in (("transpose", (1, 2)), (target, args), ("transpose", (1, 2))):
+            x = fx.insert(self.gm, step, (x, *own), like=like)
+        return x
 
     def ffn(self, slot: Slot, weights: Any) -> None:
         """Write an FFN's slot: linear, then the layer's own treatment of its keys.
@@ -126,7 +151,8 @@ class _Chain:
                 self.gm, torch.nn.functional.linear, (slot.ffn.input, weight, bias), like=like
             )
             result = projection.apply(self.gm, features)
-            made.append(fx.insert(self.gm, "to", (result, self.dtype), like=like))
+            cast = fx.insert(self.gm, "to", (result, self.dtype), like=like)
+            made.append(self._laid_out(cast, like=like))
         self.write(slot, made[0], made[1], like=like)
 
     def write(self, slot: Slot, key: Node, value: Node, like: Node) -> None:

@@ -1,0 +1,134 @@
+"""Queries, keys, values and slots that the graph lays out as GPU kernels want them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from moda_compile import MoDAConfig, kernels, pipeline
+from moda_compile.kernels import Lowering, row_elements
+from moda_compile.testing import RandomStack, StackConfig
+
+OPS = torch.ops.moda_compile
+TIGHT = dict(rtol=0.0, atol=1e-12)  # float64: zero columns change nothing but the order of sums
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "sequence", "head_dim", "expected"),
+    [
+        ("split", "cudnn", 70, 72),
+        ("split", "flash", 76, 80),
+        ("split", "efficient", 64, 64),
+        ("split", "math", 70, None),
+        ("split", "given", 70, None),
+        ("fused", "triton", 70, None),
+        ("decode", "triton", 70, None),
+        ("cpu", "flash", 70, None),
+    ],
+)
+def test_row_elements(name: str, sequence: str, head_dim: int, expected: int | None) -> None:
+    assert row_elements(Lowering(name, sequence, ""), head_dim) == expected
+
+
+class Kept:
+    """A backend that keeps the rewritten graph."""
+
+    def __init__(self, config: MoDAConfig, compiler: str) -> None:
+        self.config, self.compiler = config, compiler
+        self.graphs: list[GraphModule] = []
+
+    def __call__(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
+        pipeline.transform(gm, self.config, strict=True)
+        self.graphs.append(gm)
+        if self.compiler == "eager":
+            return gm.forward
+        return torch._dynamo.lookup_backend(self.compiler)(gm, inputs)
+
+
+def results(
+    config: StackConfig, options: MoDAConfig, compiler: str
+) -> tuple[list[Tensor], GraphModule]:
+    """Output and gradients, and the rewritten graph."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = RandomStack(config).double()
+    inputs = config.inputs()
+    backend = Kept(options, compiler)
+    out = torch.compile(model, backend=backend)(*inputs)  # type: ignore[arg-type]
+    out.square().sum().backward()
+    grads = [x.grad for x in model.parameters() if x.grad is not None]
+    (graph,) = backend.graphs
+    return [out.detach(), *grads], graph
+
+
+def stack(head_dim: int, **options: Any) -> StackConfig:
+    """Three layers, grouped, with rotary keys."""
+    return StackConfig(
+        layers=3, kv_heads=2, groups=2, head_dim=head_dim, norm="rms", rotary="half",
+        ffn="swiglu", batch=2, length=5, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "ffn_kv", "compiler"),
+    [
+        (6, "none", "eager"),
+        (8, "none", "eager"),
+        (6, "shared", "aot_eager"),
+        (8, "shared", "aot_eager"),
+        (6, "shared", "inductor"),
+    ],
+)
+def test_same_function(
+    head_dim: int, ffn_kv: Any, compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, options = stack(head_dim), MoDAConfig(ffn_kv=ffn_kv)
+    expected, plain = results(config, options, compiler)
+    monkeypatch.setattr(kernels, "row_elements", lambda _, d: -(-d // 8) * 8)
+    got, graph = results(config, options, compiler)
+    assert len(got) == len(expected) > 20
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, **TIGHT)
+    for gm, width in ((plain, head_dim), (graph, 8)):
+        found = [n for n in gm.graph.nodes if n.target is OPS.attend.default]
+        assert len(found) == 3
+        for node in found:
+            for x in (*node.args[:3], *node.args[4], *node.args[5]):
+                value = x.meta["example_value"]
+                assert value.shape[-1] == width
+                if gm is graph:
+                    assert value.transpose(1, 2).is_contiguous()
+
+
+def test_a_viewed_output_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models take the output for memory of its own, which view() may look at as [B, T, H d]."""
+    monkeypatch.setattr(kernels, "row_elements", lambda _, d: -(-d // 8) * 8)
+    _, graph = results(stack(6), MoDAConfig(), "eager")
+    narrowed = [n for n in graph.graph.nodes if n.target == "narrow"]
+    assert len(narrowed) == 3
+    for node in narrowed:
+        (back,) = node.users
+        (again,) = back.users
+        (dense,) = again.users
+        assert dense.target == "contiguous"
+
+
+def test_a_mixed_stack_keeps_its_head_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one layer pads another could not read: then none does."""
+    found = iter((8, None, 8))
+    monkeypatch.setattr(kernels, "row_elements", lambda *_: next(found))
+    _, graph = results(stack(6), MoDAConfig(), "eager")
+    attends = [n for n in graph.graph.nodes if n.target is OPS.attend.default]
+    assert {n.args[0].meta["example_value"].shape[-1] for n in attends} == {6}
