@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moda_compile import ops
+from moda_compile import ops, registration
 from moda_compile.errors import InputError
 
 
-@torch.library.custom_op("moda_compile::depth_attention_query_backward", mutates_args=())
+@registration.operator("depth_attention_query_backward")
 def depth_attention_query_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -46,7 +46,7 @@ def depth_attention_query_backward(
     return *gradients, q.new_empty(0) if mask_grad is None else mask_grad, delta
 
 
-@depth_attention_query_backward.register_fake
+@registration.fake("depth_attention_query_backward")
 def _(  # type: ignore[no-untyped-def]
     grad_out, q, k, v, depth_k, depth_v, out, lse, is_causal, scale,
     mask=None, mask_gradient=False,
@@ -55,7 +55,7 @@ def _(  # type: ignore[no-untyped-def]
     return *gradients, ops.fake_mask_gradient(q, mask, mask_gradient), ops.fake_lse(q)
 
 
-@torch.library.custom_op("moda_compile::depth_merge_query_backward", mutates_args=())
+@registration.operator("depth_merge_query_backward")
 def depth_merge_query_backward(
     grad_out: Tensor,
     sequence_out: Tensor,
@@ -78,13 +78,13 @@ def depth_merge_query_backward(
     return made
 
 
-@depth_merge_query_backward.register_fake
+@registration.fake("depth_merge_query_backward")
 def _(grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, scale):  # type: ignore[no-untyped-def]
     dlse = sequence_lse.new_empty(sequence_lse.shape)
     return ops.token_major(sequence_out), dlse, ops.token_major(q), ops.fake_lse(q)
 
 
-@torch.library.custom_op("moda_compile::depth_gather", mutates_args=())
+@registration.operator("depth_gather")
 def depth_gather(
     grad_outs: Sequence[Tensor],
     queries: Sequence[Tensor],
@@ -112,7 +112,7 @@ def depth_gather(
     return made
 
 
-@depth_gather.register_fake
+@registration.fake("depth_gather")
 def _(grad_outs, queries, lses, deltas, keys, values, readers, scale, dtype):  # type: ignore[no-untyped-def]
     b, hk, t, d = keys[0].shape
     return keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moda_compile import registration
 from moda_compile.errors import InputError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def fake_lse(q: Tensor) -> Tensor:
 # which names every slot as an argument, keeps them alive until the kernel is queued.
 
 
-@torch.library.custom_op("moda_compile::depth_attention", mutates_args=())
+@registration.operator("depth_attention")
 def depth_attention(
     q: Tensor,
     k: Tensor,
@@ -157,12 +158,12 @@ def depth_attention(
     )
 
 
-@depth_attention.register_fake
+@registration.fake("depth_attention")
 def _(q, k, v, depth_k, depth_v, is_causal, scale, mask=None):  # type: ignore[no-untyped-def]
     return token_major(q), fake_lse(q)
 
 
-@torch.library.custom_op("moda_compile::depth_attention_backward", mutates_args=("accumulator",))
+@registration.operator("depth_attention_backward", mutates="accumulator")
 def depth_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -192,7 +193,7 @@ def depth_attention_backward(
     return *gradients, q.new_empty(0) if mask_grad is None else mask_grad
 
 
-@depth_attention_backward.register_fake
+@registration.fake("depth_attention_backward")
 def _(  # type: ignore[no-untyped-def]
     grad_out, q, k, v, depth_k, depth_v, out, lse, accumulator, is_causal, scale,
     mask=None, mask_gradient=False,
@@ -207,7 +208,7 @@ def fake_mask_gradient(q: Tensor, mask: Tensor | None, wanted: bool) -> Tensor:
     return mask.new_empty(mask.shape)
 
 
-@torch.library.custom_op("moda_compile::depth_merge", mutates_args=())
+@registration.operator("depth_merge")
 def depth_merge(
     sequence_out: Tensor,
     sequence_lse: Tensor,
@@ -228,12 +229,12 @@ def depth_merge(
     return kernels_for(q).merge(sequence_out, sequence_lse, q, depth_k, depth_v, scale=scale)
 
 
-@depth_merge.register_fake
+@registration.fake("depth_merge")
 def _(sequence_out, sequence_lse, q, depth_k, depth_v, scale):  # type: ignore[no-untyped-def]
     return token_major(q), fake_lse(q)
 
 
-@torch.library.custom_op("moda_compile::depth_merge_backward", mutates_args=("accumulator",))
+@registration.operator("depth_merge_backward", mutates="accumulator")
 def depth_merge_backward(
     grad_out: Tensor,
     sequence_out: Tensor,
@@ -260,7 +261,7 @@ def depth_merge_backward(
     )  # fmt: skip
 
 
-@depth_merge_backward.register_fake
+@registration.fake("depth_merge_backward")
 def _(  # type: ignore[no-untyped-def]
     grad_out, sequence_out, sequence_lse, q, depth_k, depth_v, out, lse, accumulator, scale
 ):
