@@ -237,7 +237,7 @@ def run(
     group = queries[0].shape[1] // hk
     keys, values = [[launch.unit_rows(x) for x in side] for side in (keys, values)]
     rows = slot_table.table(queries, grad_outs)
-    numbers = slot_table.table(*([x.unsqueeze(-1) for x in side] for side in (lses, deltas)))
+    numbers = slot_table.table(lses, deltas)
     gradients = keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
     # Tiles of equal accesses, in elements, lie in the same threads.
     size = keys[0].element_size()
@@ -248,7 +248,7 @@ def run(
     )
     tile = tile or configs.gather_tile(head_dim=d, group=group, width=width)
     with launch.on_device(keys[0]):
-        depth_gather_kernel[(b * -(-t * hk // tile.tokens),)](
+        launch.launchable(depth_gather_kernel)[(b * -(-t * hk // tile.tokens),)](
             rows.key,
             rows.value,
             numbers.key,

@@ -309,7 +309,7 @@ def run(
     seen = q if mask is None else mask
     strides = mask_strides(mask, (b, hq, queries, keys))
     with launch.on_device(q):
-        fused_query_kernel[(b * hk * -(-queries // tile.tokens),)](
+        launch.launchable(fused_query_kernel)[(b * hk * -(-queries // tile.tokens),)](
             q,
             k,
             v,
@@ -348,7 +348,7 @@ def run(
             **common,
         )
         if keys > 0:
-            fused_key_kernel[(b * hk * -(-keys // tile.keys),)](
+            launch.launchable(fused_key_kernel)[(b * hk * -(-keys // tile.keys),)](
                 q,
                 k,
                 v,

@@ -214,7 +214,7 @@ def run(
         head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
     )
     with launch.on_device(q):
-        fused_forward_kernel[(b * hk * -(-queries // tile.tokens),)](
+        launch.launchable(fused_forward_kernel)[(b * hk * -(-queries // tile.tokens),)](
             q,
             k,
             v,

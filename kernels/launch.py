@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -37,17 +38,76 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def launchable(kernel: Any, traced: bool) -> Any:
-    """The kernel, in the wrapper that records the launch when a graph is being traced.
+def launchable(kernel: Any, traced: bool = False) -> Any:
+    """What to launch the kernel with, as `launchable(kernel)[grid](*arguments, **constants)`.
+
+    Constants are given by name, all others by position.
 
     Args:
         kernel: a Triton JIT function.
-        traced: the launch may be traced (`torch.library.wrap_triton`); else it is a plain launch,
-            which costs less host time.
+        traced: the launch may be traced: then it is recorded in the graph that is being made
+            (`torch.library.wrap_triton`).
     """
-    if traced and isinstance(kernel, triton.JITFunction):
-        return torch.library.wrap_triton(kernel)
-    return kernel
+    if not isinstance(kernel, triton.JITFunction):  # of the interpreter
+        return kernel
+    return torch.library.wrap_triton(kernel) if traced else _Remembered(kernel)
+
+
+class _Remembered:
+    """A kernel, launched without Triton's own bookkeeping from the second time on.
+
+    In each launch Triton binds and inspects every argument to look up what it has compiled: up to a
+    tenth of a millisecond of host time for a kernel of a hundred, where a step of few tokens has
+    tens of launches that take the GPU less. The compiled kernel is kept here by at least as much as
+    Triton tells arguments apart by: an integer that it may specialise on counts as itself.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
+        kinds = _kinds(arguments, _not_specialised(self.kernel))
+        device = triton.runtime.driver.active.get_current_device()
+        key = (self.kernel, device, kinds, tuple(constants.values()))
+        known = _compiled.get(key)
+        if known is not None:
+            compiled, tail = known
+            compiled[(*grid, 1, 1)](*arguments, *tail)
+            return
+        compiled = self.kernel[grid](*arguments, **constants)
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        names = self.kernel.arg_names[len(arguments) :]
+        _compiled[key] = compiled, tuple(constants[name] for name in names)
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_INT32, _INT64 = 1 << 31, 1 << 63
+_MOST_COMPILED = 4096  # of a length that changes with every call, each is an entry
+
+
+@functools.cache
+def _not_specialised(kernel: Any) -> tuple[bool, ...]:
+    return tuple(bool(x.do_not_specialize) for x in kernel.params)
+
+
+def _kinds(arguments: Sequence[Any], loose: Sequence[bool]) -> tuple[Any, ...]:
+    """What Triton compiles anew for. loose: of which integers it only looks at the width."""
+    return tuple(
+        [
+            ((32 if -_INT32 <= x < _INT32 else 64 if x < _INT64 else 65) if only_width else x)
+            if type(x) is int
+            else (x.dtype, x.data_ptr() % WIDEST_ACCESS == 0)
+            if isinstance(x, Tensor)
+            else _kinds(x, (False,) * len(x))
+            if type(x) is tuple
+            else type(x)
+            for x, only_width in zip(arguments, loose, strict=False)
+        ]
+    )
 
 
 def is_traced(x: Tensor) -> bool:
@@ -71,6 +131,10 @@ def token_major_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 def token_major(x: Tensor) -> Tensor:
     """x [B, H, T, d] in [B, T, H, d] memory order; itself if it lies so already."""
+    if _is_plain(x):  # nearly always so, and this is asked several times a layer
+        _, h, t, d = x.shape
+        if x.stride() == (t * h * d, d, h * d, 1):
+            return x
     return contiguous(x.transpose(1, 2)).transpose(1, 2)
 
 
@@ -85,16 +149,20 @@ def alignment(*tensors: Tensor) -> int:
     A fake tensor has no address: its storage is taken to be aligned, which holds for PyTorch's
     allocators and which Inductor checks for the inputs of a graph.
     """
-    return math.gcd(*(_alignment(x) for x in tensors))
+    return min([_alignment(x) for x in tensors])
 
 
 def _alignment(x: Tensor) -> int:
     size = x.element_size()
+    if _is_plain(x):
+        bits = WIDEST_ACCESS | x.data_ptr()
+        for n, stride in zip(x.shape[:-1], x.stride(), strict=False):
+            if n != 1:
+                bits |= stride * size
+        return bits & -bits  # of a power of two: the lowest bit that is set in any decides
     steps: list[Any] = [
         stride * size for n, stride in zip(x.shape[:-1], x.stride(), strict=False) if not _is_one(n)
     ]
-    if _is_plain(x):
-        return math.gcd(WIDEST_ACCESS, x.data_ptr(), *steps)
     steps.append(x.storage_offset() * size)
     if all(type(step) is int for step in steps):
         return math.gcd(WIDEST_ACCESS, *steps)

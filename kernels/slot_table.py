@@ -180,7 +180,8 @@ class _Separate:
 
 
 def _separate(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> _Separate:
-    *sizes, head_dim = depth_k[0].shape
+    sizes = depth_k[0].shape[:3]
+    head_dim = depth_k[0].shape[3] if depth_k[0].dim() == 4 else 1
     keys, values = list(depth_k), list(depth_v)
     addresses: list[tuple[int, int]] = []
     found: dict[tuple[_Strides, _Strides], list[int]] = {}
@@ -214,6 +215,7 @@ def table(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
 
     Args:
         depth_k, depth_v: S >= 1 tensors [B, Hk, T, d] of one shape, dtype and device; any strides.
+            Or [B, Hk, T], of one number a row.
     """
     return _table(_separate(depth_k, depth_v))
 
@@ -229,13 +231,14 @@ def _table(slots: _Separate) -> Slots:
                 chunk = members[first : first + ROWS]
                 # The unused rows repeat the chunk's first: same argument types, masked out.
                 padded = chunk + chunk[:1] * (ROWS - len(chunk))
-                fill_rows_kernel[(1,)](
+                keys, values = zip(*[slots.addresses[slot] for slot in padded], strict=True)
+                launch.launchable(fill_rows_kernel)[(1,)](
                     rows,
                     len(chunk),
                     *strides,
                     *padded,
-                    *(slots.addresses[slot][0] for slot in padded),
-                    *(slots.addresses[slot][1] for slot in padded),
+                    *keys,
+                    *values,
                     COLUMNS=tiles.TABLE_COLUMNS,
                     num_warps=1,
                 )

@@ -1,0 +1,156 @@
+"""What a launch keeps of Triton's own bookkeeping, and what makes it ask Triton again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from moda_compile.kernels import launch
+
+NAMES = ["x", "count", "size", "strides", "scale", "WIDTH", "ROWS"]
+
+
+class Kernel:
+    """As a Triton kernel is launched; `count` is not specialised on."""
+
+    def __init__(self) -> None:
+        self.arg_names = NAMES
+        self.params = [SimpleNamespace(do_not_specialize=name == "count") for name in NAMES]
+        self.compiled = 0
+        self.launched: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., Any]:
+        def run(*arguments: Any, **constants: Any) -> Any:
+            self.compiled += 1
+            order = [constants[name] for name in NAMES[len(arguments) :]]
+            self.launched.append((*grid, *arguments, *order))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        assert grid[1:] == (1, 1)
+        return lambda *arguments: self.kernel.launched.append((grid[0], *arguments))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    current = {"number": 0}
+    driver = SimpleNamespace(get_current_device=lambda: current["number"])
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+    monkeypatch.setattr(launch, "_compiled", {})
+    yield current
+
+
+def call(kernel: Any, x: Tensor, **changed: Any) -> None:
+    made: dict[str, Any] = dict(
+        count=3, size=8, strides=(64, 1), scale=0.5, WIDTH=16, ROWS=4, num_warps=2, grid=5
+    )
+    made |= changed
+    own = launch._Remembered(kernel)
+    positional = [made[name] for name in ("count", "size", "strides", "scale")]
+    constants = {name: made[name] for name in ("ROWS", "WIDTH", "num_warps")}  # in any order
+    own[(made["grid"],)](x, *positional, **constants)
+
+
+@pytest.mark.usefixtures("device")
+def test_same_kind_is_compiled_once() -> None:
+    kernel, x, y = Kernel(), torch.zeros(8), torch.zeros(8)
+    call(kernel, x)
+    call(kernel, y, count=4, scale=0.25, grid=7)
+    assert kernel.compiled == 1
+    first, second = kernel.launched
+    assert first[0] == 5 and first[1] is x and first[2:] == (3, 8, (64, 1), 0.5, 16, 4)
+    assert second[0] == 7 and second[1] is y and second[2:] == (4, 8, (64, 1), 0.25, 16, 4)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"count": 1 << 40},
+        {"count": 1 << 63},
+        {"size": 16},
+        {"strides": (64, 2)},
+        {"WIDTH": 32},
+        {"num_warps": 4},
+    ],
+    ids=str,
+)
+def test_another_kind_is_compiled(changed: dict[str, Any]) -> None:
+    kernel, x = Kernel(), torch.zeros(8)
+    call(kernel, x)
+    call(kernel, x, **changed)
+    call(kernel, x, **changed)
+    assert kernel.compiled == 2
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("other", [torch.zeros(8).half(), torch.zeros(9)[1:]], ids=["dtype", "odd"])
+def test_another_tensor_is_compiled(other: Tensor) -> None:
+    kernel = Kernel()
+    call(kernel, torch.zeros(8))
+    call(kernel, other)
+    assert kernel.compiled == 2
+
+
+def test_another_device_is_compiled(device: dict[str, int]) -> None:
+    kernel, x = Kernel(), torch.zeros(8)
+    call(kernel, x)
+    device["number"] = 1
+    call(kernel, x)
+    assert kernel.compiled == 2
+
+
+@pytest.mark.usefixtures("device")
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_MOST_COMPILED", 4)
+    kernel, x = Kernel(), torch.zeros(8)
+    for size in range(20):
+        call(kernel, x, size=size)
+        assert len(launch._compiled) <= 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "offset", "expected"),
+    [
+        ((2, 3, 4, 8), None, 0, 16),
+        ((2, 3, 4, 8), None, 1, 2),
+        ((2, 3, 4, 6), None, 0, 4),
+        ((1, 1, 1, 5), (3, 7, 9, 1), 0, 16),
+        ((2, 1, 1, 5), (4, 7, 9, 1), 0, 8),
+        ((2, 3, 4, 5), (0, 40, 8, 1), 4, 8),
+    ],
+)
+def test_alignment(
+    shape: tuple[int, ...], strides: tuple[int, ...] | None, offset: int, expected: int
+) -> None:
+    base = torch.zeros(1000, dtype=torch.bfloat16)
+    base = base[(-base.data_ptr() % 16) // 2 :][offset:]
+    x = base[: torch.Size(shape).numel()].view(shape) if strides is None else None
+    x = base.as_strided(shape, strides, base.storage_offset()) if x is None and strides else x
+    assert x is not None
+    assert launch.alignment(x) == expected
+    assert launch.alignment(torch.zeros(4, 16), x) == expected
+
+
+def test_token_major_is_a_view_where_it_can_be() -> None:
+    dense = torch.randn(2, 5, 3, 4).transpose(1, 2)
+    assert launch.token_major(dense) is dense
+    other = torch.randn(2, 3, 5, 4)
+    got = launch.token_major(other)
+    assert torch.equal(got, other)
+    assert got.transpose(1, 2).is_contiguous()
+    single = torch.randn(1, 1, 5, 4)  # of one head both orders are one
+    assert launch.token_major(single).data_ptr() == single.data_ptr()
