@@ -262,7 +262,10 @@ def check_long_offsets() -> str:
     out, lse = decode.run(q, k, v, slot_table.stacked(depth[0], depth[1]), **options)
     last = slot_table.stacked(depth[0, :, -1:], depth[1, :, -1:])
     alone, lse_alone = decode.run(q[-1:], k[-1:].clone(), v[-1:].clone(), last, **options)
-    assert torch.equal(out[-1:], alone) and torch.equal(lse[-1:], lse_alone), "differs"
+    # Its own number of batches has its own tile: other roundings, and the same answer.
+    for got, expected, most in ((out, alone, 2.0**-7), (lse, lse_alone, 2.0**-20)):
+        error = relative(got[-1:], expected.double())
+        assert error <= most, f"off by {error:.0e}"
     return f"{k.numel() / 2**31:.2f} * 2^31 elements"
 
 

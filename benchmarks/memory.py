@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import timing
 import torch
 from model import SHAPES, VARIANTS, step_of, synchronize
 from results import Picture, add_arguments, publish
@@ -24,7 +25,7 @@ BOUND = 1.15  # of the whole peak, with attention slots, at 36 layers
 
 
 def peak(shape: Any, variant: str) -> tuple[float, float]:
-    """MiB of the whole step's peak, and of what was there before it."""
+    """MiB of the whole step's peak, and of what was there before it: of this process's tensors."""
     torch._dynamo.reset()
     step = step_of(shape, VARIANTS[variant])
     step()
@@ -42,15 +43,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", nargs="+", type=int, default=[12, 24, 36])
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--jobs", type=int, default=1, help="models compiled at a time")
     add_arguments(parser)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("memory: no CUDA device.")
     rows: list[dict[str, Any]] = []
-    work = [(n, v) for n in arguments.layers for v in VARIANTS]
-    for layers, variant in tqdm(work, desc="models"):
-        shape = replace(SHAPES["36"], layers=layers, batch=1, tokens=arguments.tokens)
-        most, before = peak(shape, variant)
+    sizes = [
+        replace(SHAPES["36"], layers=n, batch=1, tokens=arguments.tokens) for n in arguments.layers
+    ]
+    work = [(shape, variant) for shape in sizes for variant in VARIANTS]
+    peaks = timing.each(peak, work, arguments.jobs)
+    for (shape, variant), (most, before) in tqdm(
+        zip(work, peaks, strict=True), desc="models", total=len(work)
+    ):
+        layers = shape.layers
         plain = next((x["peak MiB"] for x in rows if x["layers"] == layers), most)
         slot = 2 * shape.tokens * shape.kv_heads * shape.head_dim * 2 / 2**20
         rows.append(
