@@ -71,20 +71,21 @@ class _Remembered:
     def _launch(self, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
         kinds = _kinds(arguments, _not_specialised(self.kernel))
         device = triton.runtime.driver.active.get_current_device()
-        key = (self.kernel, device, kinds, tuple(constants.values()))
+        key = (id(self.kernel), device, kinds, tuple(constants.items()))
         known = _compiled.get(key)
         if known is not None:
-            compiled, tail = known
+            _, compiled, tail = known
             compiled[(*grid, 1, 1)](*arguments, *tail)
             return
         compiled = self.kernel[grid](*arguments, **constants)
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
         names = self.kernel.arg_names[len(arguments) :]
-        _compiled[key] = compiled, tuple(constants[name] for name in names)
+        _compiled[key] = self.kernel, compiled, tuple(constants[name] for name in names)
 
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# By the kernel's identity, which is its own as long as the kernel is kept here.
+_compiled: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 _INT32, _INT64 = 1 << 31, 1 << 63
 _MOST_COMPILED = 4096  # of a length that changes with every call, each is an entry
 

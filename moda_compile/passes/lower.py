@@ -31,12 +31,10 @@ def run(gm: GraphModule, plan: Plan) -> None:
         }
         if attention.sequence is not None:
             chosen = kernels.choose_merge(**what)
-            own = True
         else:
             learned = mask is not None and mask.requires_grad
             lengths = [x.shape[-2] for x in (query, fx.value(attention.key))]
             queries, keys = (n if type(n) is int else None for n in lengths)
-            own = fx.hint(lengths[0]) == fx.hint(lengths[1])
             chosen = kernels.choose(
                 **what,
                 queries=queries,
@@ -45,10 +43,10 @@ def run(gm: GraphModule, plan: Plan) -> None:
                 additive=mask is not None and mask.dtype != torch.bool,
                 mask_gradient=learned,
             )
+            # A KV cache, of which the query's tokens are a part, would be copied as a whole.
+            if attention.own_key is None and fx.hint(lengths[0]) == fx.hint(lengths[1]):
+                widths[layer] = kernels.row_elements(chosen, what["head_dim"])
         plan.lowerings.append((chosen.name, chosen.reason))
-        # A KV cache, of which the query's tokens are a part, would be copied as a whole.
-        if own and attention.own_key is None:
-            widths[layer] = kernels.row_elements(chosen, what["head_dim"])
     for stack in plan.stacks:
         found = {widths.get(layer) for layer in stack.members if layer in replaced}
         plan.widths.append(found.pop() if len(found) == 1 else None)

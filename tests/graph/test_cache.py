@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moda_compile
-from moda_compile import MoDAConfig, RewriteError
+from moda_compile import MoDAConfig, RewriteError, kernels
 from moda_compile.testing import moda_attention_reference
 
 B, HEADS, KV_HEADS, D, PAST, NEW, LAYERS = 2, 4, 2, 8, 5, 3, 3
@@ -192,6 +193,18 @@ def test_however_it_is_kept(put: Put, masked: bool, by_hand: bool) -> None:
     assert (expected - plain).abs().max() > 1e-2
     for one, other in zip(sum(ours, []), sum(theirs, []), strict=True):
         torch.testing.assert_close(one, other, rtol=0.0, atol=1e-12)
+
+
+def test_a_cache_is_not_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding it, or putting its tokens in front of its heads, would copy it with every token."""
+    width = Mock(return_value=16)
+    monkeypatch.setattr(kernels, "row_elements", width)
+    model, inputs = Model(cat), (*example(), None)
+    torch._dynamo.reset()
+    converted = moda_compile.convert(model, example_inputs=inputs, backend="eager")
+    with torch.no_grad():
+        converted(*inputs)
+    width.assert_not_called()
 
 
 @pytest.mark.parametrize("put", [cat, window, functional_copy], ids=lambda put: put.__name__)
