@@ -291,7 +291,7 @@ def run(
     delta = None
     if grad_key is None or grad_value is None:
         delta = q.new_empty((b, hq, t), dtype=torch.float32)
-        grad_key = grad_value = grad_query  # never touched
+        grad_key = grad_value = q  # never touched
         grad_strides: tuple[int, ...] = (0,) * 5
     else:
         grad_strides = grad_key.stride()
@@ -307,7 +307,10 @@ def run(
         choose_tile = configs.vector_backward_tile if delta is None else configs.vector_query_tile
         tile = tile or choose_tile(head_dim=d, group=group, width=width)
         blocks = b * -(-t * hk // tile.tokens)
-        own = dict(ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slot_align))
+        own: dict[str, Any] = dict(
+            ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slot_align)
+        )
+        own |= slot_table.names(slots, "n")
     else:
         kernel = depth_backward_kernel
         tile = tile or configs.backward_tile(

@@ -234,7 +234,10 @@ def run(
         )
         blocks = b * -(-t * hk // tile.tokens)
         # Tiles of equal accesses lie in the same threads.
-        own = dict(ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slots.align))
+        own: dict[str, Any] = dict(
+            ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slots.align)
+        )
+        own |= slot_table.names(slots, "n")
     else:
         kernel = depth_forward_kernel
         tile = tile or configs.forward_tile(

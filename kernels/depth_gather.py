@@ -25,13 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moda_compile.kernels import configs, launch, slot_table, tiles
+from moda_compile.kernels import GATHERED_SLOTS, configs, launch, slot_table, tiles
 from moda_compile.kernels.tiles import (
     load_slots,
     program_rows,
     row_cells,
     row_offsets,
     slot_start,
+    write_table,
 )
 
 
@@ -83,20 +84,49 @@ def depth_gather_kernel(
     delta,
     rows_table,
     numbers_table,
-    keys,
-    values,
+    first_key,
+    second_key,
+    first_value,
+    second_value,
     gradients,
-    coded_readers,
+    first_key_start,
+    second_key_start,
+    first_value_start,
+    second_value_start,
+    first_readers,
+    second_readers,
     tokens,
     kv_heads,
     scale,
-    query_strides,
-    grad_out_strides,
-    lse_strides,
-    delta_strides,
-    key_strides,
-    value_strides,
-    gradient_strides,
+    query_stride_batch,
+    query_stride_head,
+    query_stride_token,
+    grad_out_stride_batch,
+    grad_out_stride_head,
+    grad_out_stride_token,
+    lse_stride_batch,
+    lse_stride_head,
+    lse_stride_token,
+    delta_stride_batch,
+    delta_stride_head,
+    delta_stride_token,
+    first_key_stride_batch,
+    first_key_stride_head,
+    first_key_stride_token,
+    second_key_stride_batch,
+    second_key_stride_head,
+    second_key_stride_token,
+    first_value_stride_batch,
+    first_value_stride_head,
+    first_value_stride_token,
+    second_value_stride_batch,
+    second_value_stride_head,
+    second_value_stride_token,
+    gradient_stride_slot,
+    gradient_stride_side,
+    gradient_stride_batch,
+    gradient_stride_head,
+    gradient_stride_token,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -108,15 +138,75 @@ def depth_gather_kernel(
     NUMBERS_UNIFORM: tl.constexpr,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
-):
+    n0=None, n1=None, n2=None, n3=None, n4=None, n5=None, n6=None, n7=None,
+    n8=None, n9=None, n10=None, n11=None, n12=None, n13=None, n14=None, n15=None,
+    n16=None, n17=None, n18=None, n19=None, n20=None, n21=None, n22=None, n23=None,
+    n24=None, n25=None, n26=None, n27=None, n28=None, n29=None, n30=None, n31=None,
+    n32=None, n33=None, n34=None, n35=None, n36=None, n37=None, n38=None, n39=None,
+    n40=None, n41=None, n42=None, n43=None, n44=None, n45=None, n46=None, n47=None,
+    n48=None, n49=None, n50=None, n51=None, n52=None, n53=None, n54=None, n55=None,
+    n56=None, n57=None, n58=None, n59=None, n60=None, n61=None, n62=None, n63=None,
+    n64=None, n65=None, n66=None, n67=None, n68=None, n69=None, n70=None, n71=None,
+    n72=None, n73=None, n74=None, n75=None, n76=None, n77=None, n78=None, n79=None,
+    n80=None, n81=None, n82=None, n83=None, n84=None, n85=None, n86=None, n87=None,
+    n88=None, n89=None, n90=None, n91=None, n92=None, n93=None, n94=None, n95=None,
+    m0=None, m1=None, m2=None, m3=None, m4=None, m5=None, m6=None, m7=None,
+    m8=None, m9=None, m10=None, m11=None, m12=None, m13=None, m14=None, m15=None,
+    m16=None, m17=None, m18=None, m19=None, m20=None, m21=None, m22=None, m23=None,
+    m24=None, m25=None, m26=None, m27=None, m28=None, m29=None, m30=None, m31=None,
+    m32=None, m33=None, m34=None, m35=None, m36=None, m37=None, m38=None, m39=None,
+    m40=None, m41=None, m42=None, m43=None, m44=None, m45=None, m46=None, m47=None,
+    m48=None, m49=None, m50=None, m51=None, m52=None, m53=None, m54=None, m55=None,
+    m56=None, m57=None, m58=None, m59=None, m60=None, m61=None, m62=None, m63=None,
+    m64=None, m65=None, m66=None, m67=None, m68=None, m69=None, m70=None, m71=None,
+    m72=None, m73=None, m74=None, m75=None, m76=None, m77=None, m78=None, m79=None,
+    m80=None, m81=None, m82=None, m83=None, m84=None, m85=None, m86=None, m87=None,
+    m88=None, m89=None, m90=None, m91=None, m92=None, m93=None, m94=None, m95=None,
+):  # fmt: skip
     """Write gradients [slot, (key, value), batch, kv_head, token, head_dim]; see `run`.
 
-    keys, values, key_strides, value_strides, coded_readers: tuples of SLOTS, the strides (batch,
-    head, token), the readers as `_coded` makes them. gradient_strides: (slot, side, batch, head,
-    token). rows_table: of each reader's query and grad_out; numbers_table: of its lse and delta;
-    query, grad_out, lse, delta only lend their element types.
+    SLOTS: 1 or 2; of one the second's arguments are never read. first_key_start ..: what a gradient
+    is added to, in its strides, or None. first_readers, second_readers: as
+    `_coded` makes them. rows_table: of each reader's query and grad_out; numbers_table: of its lse
+    and delta; query, grad_out, lse, delta only lend their element types. n0, n1, .. and m0, m1, ..:
+    what the tables are of, where they have to be written.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
+    keys, values = (first_key, second_key), (first_value, second_value)
+    starts = ((first_key_start, first_value_start), (second_key_start, second_value_start))
+    coded_readers = (first_readers, second_readers)
+    query_strides = (0, query_stride_batch, query_stride_head, query_stride_token)
+    grad_out_strides = (0, grad_out_stride_batch, grad_out_stride_head, grad_out_stride_token)
+    lse_strides = (0, lse_stride_batch, lse_stride_head, lse_stride_token)
+    delta_strides = (0, delta_stride_batch, delta_stride_head, delta_stride_token)
+    key_strides = (
+        (first_key_stride_batch, first_key_stride_head, first_key_stride_token),
+        (second_key_stride_batch, second_key_stride_head, second_key_stride_token),
+    )
+    value_strides = (
+        (first_value_stride_batch, first_value_stride_head, first_value_stride_token),
+        (second_value_stride_batch, second_value_stride_head, second_value_stride_token),
+    )
+    if n0 is not None:
+        rows_table = write_table(
+            rows_table, COLUMNS,
+            n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, n11, n12, n13, n14, n15,
+            n16, n17, n18, n19, n20, n21, n22, n23, n24, n25, n26, n27, n28, n29, n30, n31,
+            n32, n33, n34, n35, n36, n37, n38, n39, n40, n41, n42, n43, n44, n45, n46, n47,
+            n48, n49, n50, n51, n52, n53, n54, n55, n56, n57, n58, n59, n60, n61, n62, n63,
+            n64, n65, n66, n67, n68, n69, n70, n71, n72, n73, n74, n75, n76, n77, n78, n79,
+            n80, n81, n82, n83, n84, n85, n86, n87, n88, n89, n90, n91, n92, n93, n94, n95,
+        )  # fmt: skip
+    if m0 is not None:
+        numbers_table = write_table(
+            numbers_table, COLUMNS,
+            m0, m1, m2, m3, m4, m5, m6, m7, m8, m9, m10, m11, m12, m13, m14, m15,
+            m16, m17, m18, m19, m20, m21, m22, m23, m24, m25, m26, m27, m28, m29, m30, m31,
+            m32, m33, m34, m35, m36, m37, m38, m39, m40, m41, m42, m43, m44, m45, m46, m47,
+            m48, m49, m50, m51, m52, m53, m54, m55, m56, m57, m58, m59, m60, m61, m62, m63,
+            m64, m65, m66, m67, m68, m69, m70, m71, m72, m73, m74, m75, m76, m77, m78, m79,
+            m80, m81, m82, m83, m84, m85, m86, m87, m88, m89, m90, m91, m92, m93, m94, m95,
+        )  # fmt: skip
     batch, kv_head, token, row_live = program_rows(tokens, kv_heads, ROWS)
     dim = tl.arange(0, PADDED_DIM)
     live = row_live[:, None] & (dim < HEAD_DIM)[None, :]
@@ -187,20 +277,25 @@ def depth_gather_kernel(
         dk, dv = new_dk, new_dv
         q, do, own_lse, own_delta = coming_q, coming_do, coming_lse, coming_delta
 
-    strides = (gradient_strides[2], gradient_strides[3], gradient_strides[4])
+    strides = (gradient_stride_batch, gradient_stride_head, gradient_stride_token)
     for place in tl.static_range(SLOTS):
-        start = gradients + place * gradient_strides[0]
-        cells = row_cells(start, batch, kv_head, token, dim, strides, GRAD_ALIGN)
-        tl.store(cells, (dk[place] * factor).to(gradients.dtype.element_ty), mask=live)
-        start += gradient_strides[1]
-        cells = row_cells(start, batch, kv_head, token, dim, strides, GRAD_ALIGN)
-        tl.store(cells, dv[place].to(gradients.dtype.element_ty), mask=live)
+        start = gradients + place * gradient_stride_slot
+        whole = (dk[place] * factor, dv[place])
+        for side in tl.static_range(2):
+            grad = whole[side]
+            if starts[place][side] is not None:
+                cells = row_cells(
+                    starts[place][side], batch, kv_head, token, dim, strides, GRAD_ALIGN
+                )
+                grad += tl.load(cells, mask=live, other=0.0).to(tl.float32)
+            row = start + side * gradient_stride_side
+            cells = row_cells(row, batch, kv_head, token, dim, strides, GRAD_ALIGN)
+            tl.store(cells, grad.to(gradients.dtype.element_ty), mask=live)
 
 
 def _coded(readers: int) -> int:
-    """A number that Triton compiles no kernel of its own for: neither 1 nor a multiple of 16.
-
-    In a tuple do_not_specialize does not count.
+    """A number that no kernel of its own is compiled for: neither 1 nor a multiple of 16. Inductor
+    knows no do_not_specialize.
     """
     return 2 * readers + 3
 
@@ -216,6 +311,7 @@ def run(
     *,
     scale: float,
     dtype: torch.dtype,
+    starts: Sequence[Tensor | None] = (),
     tile: configs.Tile | None = None,
 ) -> Tensor:
     """The whole gradients of some slots.
@@ -228,52 +324,96 @@ def run(
         readers: for each slot, how many of the readers read it: the first ones.
         scale: factor of every score.
         dtype: of the result.
+        starts: of each slot's key and value in turn, what its gradient is added to [B, Hk, T, d],
+            of the result's dtype, or None; by default nothing for all.
         tile: tokens is its rows, slots its readers a step; by default what `configs` says.
 
     Returns:
         gradients [M, 2, B, Hk, T, d] of the slots' (keys, values), token-major in memory.
     """
     b, hk, t, d = keys[0].shape
-    group = queries[0].shape[1] // hk
     keys, values = [[launch.unit_rows(x) for x in side] for side in (keys, values)]
-    rows = slot_table.table(queries, grad_outs)
-    numbers = slot_table.table(lses, deltas)
+    rows = slot_table.separate(queries, grad_outs)
+    numbers = slot_table.separate(lses, deltas)
     gradients = keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
+    starts = [x if x is None else launch.token_major(x) for x in starts or (None,) * 2 * len(keys)]
+    for first in range(0, len(keys), GATHERED_SLOTS):
+        pair = slice(first, first + GATHERED_SLOTS)
+        _launch(
+            rows,
+            numbers,
+            keys[pair],
+            values[pair],
+            readers[pair],
+            starts[2 * first : 2 * (first + GATHERED_SLOTS)],
+            gradients if len(keys) <= GATHERED_SLOTS else gradients[pair],
+            group=queries[0].shape[1] // hk,
+            scale=scale,
+            tile=tile,
+        )
+    return gradients
+
+
+def _launch(
+    rows: slot_table.Slots,
+    numbers: slot_table.Slots,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    readers: Sequence[int],
+    starts: Sequence[Tensor | None],
+    gradients: Tensor,
+    *,
+    group: int,
+    scale: float,
+    tile: configs.Tile | None,
+) -> None:
+    """Fill gradients [M, 2, B, Hk, T, d], M at most GATHERED_SLOTS; the rest as of `run`."""
+    (b, hk, t, d), count = keys[0].shape, len(keys)
     # Tiles of equal accesses, in elements, lie in the same threads.
     size = keys[0].element_size()
     width = min(
         launch.alignment(*keys, *values) // size,
         rows.align // size,
-        launch.alignment(gradients) // gradients.element_size(),
+        launch.alignment(gradients, *(x for x in starts if x is not None))
+        // gradients.element_size(),
     )
     tile = tile or configs.gather_tile(head_dim=d, group=group, width=width)
     with launch.on_device(keys[0]):
-        launch.launchable(depth_gather_kernel)[(b * -(-t * hk // tile.tokens),)](
+        launch.launchable(depth_gather_kernel, rows.traced)[(b * -(-t * hk // tile.tokens),)](
             rows.key,
             rows.value,
             numbers.key,
             numbers.value,
             rows.table,
             numbers.table,
-            tuple(keys),
-            tuple(values),
+            keys[0],
+            keys[-1],
+            values[0],
+            values[-1],
             gradients,
-            tuple(_coded(count) for count in readers),
+            starts[0],
+            starts[-2],
+            starts[1],
+            starts[-1],
+            _coded(readers[0]),
+            _coded(readers[-1]),
             t,
             hk,
             scale,
-            rows.key_strides,
-            rows.value_strides,
-            numbers.key_strides,
-            numbers.value_strides,
-            tuple(x.stride()[:3] for x in keys),
-            tuple(x.stride()[:3] for x in values),
-            gradients.stride()[:5],
+            *rows.key_strides[1:],
+            *rows.value_strides[1:],
+            *numbers.key_strides[1:],
+            *numbers.value_strides[1:],
+            *keys[0].stride()[:3],
+            *keys[-1].stride()[:3],
+            *values[0].stride()[:3],
+            *values[-1].stride()[:3],
+            *gradients.stride()[:5],
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
             ROWS=tile.tokens,
-            SLOTS=len(keys),
+            SLOTS=count,
             READERS=tile.slots,
             COLUMNS=tiles.TABLE_COLUMNS,
             ROWS_UNIFORM=rows.is_uniform,
@@ -281,5 +421,6 @@ def run(
             ALIGN=width * size,
             GRAD_ALIGN=width * gradients.element_size(),
             num_warps=tile.warps,
+            **slot_table.names(rows, "n"),
+            **slot_table.names(numbers, "m"),
         )
-    return gradients

@@ -50,6 +50,7 @@ def gather(
     *,
     scale: float,
     dtype: torch.dtype,
+    starts: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """The whole gradients of some slots, in PyTorch operations; arguments and result as of
     `depth_gather.run`.
@@ -67,6 +68,7 @@ def gather(
             dz = (grad * value).sum(-1).sub_(delta.to(compute).reshape(rows)).mul_(p)
             dk += (dz.unsqueeze(-1) * query).sum(2)
             dv += (p.unsqueeze(-1) * grad).sum(2)
-        gradients[slot, 0].copy_(dk.mul_(scale))
-        gradients[slot, 1].copy_(dv)
+        own = starts[2 * slot : 2 * slot + 2] if starts else (None, None)
+        for side, (made, start) in enumerate(zip((dk.mul_(scale), dv), own, strict=True)):
+            gradients[slot, side].copy_(made if start is None else made.add_(start))
     return gradients

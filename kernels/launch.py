@@ -81,7 +81,7 @@ class _Remembered:
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
         names = self.kernel.arg_names[len(arguments) :]
-        _compiled[key] = self.kernel, compiled, tuple(constants[name] for name in names)
+        _compiled[key] = self.kernel, compiled, tuple(constants.get(name) for name in names)
 
 
 # By the kernel's identity, which is its own as long as the kernel is kept here.

@@ -124,7 +124,7 @@ def backward(
     hk, dbias = k.shape[1], None
     grad_out, q, k, v, out = (_operand(x) for x in (grad_out, q, k, v, out))
     # With dropout 0 no kernel reads the random state; the arguments are there to be filled.
-    seed = offset = q.new_empty((), dtype=torch.int64)
+    seed = offset = q.new_empty((1,), dtype=torch.int64)
     if name == "cudnn":
         # torch keeps cuDNN's backward graphs by the strides of q, k and v alone, built for an out
         # in q's own order of dimensions, as cuDNN's forward returns it. A plain model's graph in

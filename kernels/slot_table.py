@@ -26,6 +26,11 @@ ROWS = 32
 """Slots written by one launch of `fill_rows_kernel`, or whose addresses a kernel can take as
 arguments of its own instead of a table; see `listed`."""
 
+NAMED = tiles.TABLE_ROWS.value
+"""The most slots that a kernel can be given themselves, as arguments; see `named`."""
+
+_NAMED_STEP = 8  # `tiles.write_table` writes rows in groups of so many
+
 _Strides = tuple[int, ...]
 
 
@@ -38,7 +43,8 @@ class Slots:
         tensor that is never read. key_strides, value_strides: (slot, batch, head, token), in
         elements; of a table only those of UNIFORM tables count. align: bytes that divide every
         row's address. addresses: of `listed` slots, which have no table: all keys', then all
-        values'. keep: tensors that must outlive the launch.
+        values'. named: of `named` slots, whose table the kernel itself writes: each slot's key and
+        value in turn. keep: tensors that must outlive the launch.
     """
 
     count: int
@@ -53,6 +59,7 @@ class Slots:
     align: int
     traced: bool
     addresses: tuple[int, ...] = ()
+    named: tuple[Tensor, ...] = field(default=(), repr=False)
     keep: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
@@ -259,6 +266,65 @@ def listed(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
     padded = slots.addresses + slots.addresses[:1] * (ROWS - len(slots.keys))
     keys, values = zip(*padded, strict=True)
     return _slots(slots, table=slots.keys[0], is_table=False, addresses=keys + values)
+
+
+def named(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
+    """Slots that are separate tensors, for a launch that is traced: their addresses are not known.
+
+    The kernel gets the slots themselves, so that a compiler knows for how long to keep them, and
+    writes their addresses in the table before it reads it (`tiles.write_table`).
+
+    Args:
+        depth_k, depth_v: 1 to `NAMED` tensors as for `table`, the keys of equal strides and the
+            values of equal strides, rows of stride 1.
+    """
+    key, value = depth_k[0], depth_v[0]
+    # A kernel is compiled for each number of groups of rows. The rest repeats the first slot.
+    missing = -len(depth_k) % _NAMED_STEP
+    pairs = [*zip(depth_k, depth_v, strict=True), *[(key, value)] * missing]
+    return Slots(
+        count=len(depth_k),
+        kv_heads=key.shape[1],
+        key=key,
+        value=value,
+        table=key.new_empty(
+            (tiles.TABLE_COPIES.value, NAMED, tiles.TABLE_COLUMNS), dtype=torch.int64
+        ),
+        key_strides=(0, *key.stride()[:3]),
+        value_strides=(0, *value.stride()[:3]),
+        is_table=True,
+        is_uniform=True,
+        align=launch.alignment(*depth_k, *depth_v),
+        traced=launch.is_traced(key),
+        named=tuple(x for pair in pairs for x in pair),
+    )
+
+
+def separate(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
+    """Slots that are separate tensors, as the launch needs them: :func:`named` if it is traced,
+    otherwise in a :func:`table`.
+    """
+    make = named if launch.is_traced(depth_k[0]) else table
+    return make(depth_k, depth_v)
+
+
+def nameable(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> bool:
+    """Whether :func:`named` takes these."""
+    sides = (depth_k, depth_v)
+    if not 0 < len(depth_k) == len(depth_v) <= NAMED:
+        return False
+    equal = all(x.stride() == side[0].stride() for side in sides for x in side)
+    return equal and all(x.dim() < 4 or x.shape[3] == 1 or x.stride(3) == 1 for x, *_ in sides)
+
+
+def names(slots: Slots, letter: str) -> dict[str, Tensor | None]:
+    """The slots as arguments n0, n1, .. of a kernel (`letter` "n"); in a traced launch the other
+    names, too, which must be told to be None.
+    """
+    if not slots.named and not slots.traced:
+        return {}
+    given = [*slots.named, *[None] * (2 * NAMED - len(slots.named))]
+    return {f"{letter}{i}": x for i, x in enumerate(given)}
 
 
 def _slots(

@@ -70,7 +70,7 @@ def forward(
         (float64 for float64 inputs). A row without a visible key gives all its weight to the
         slots; without slots its out is 0 and its lse -inf.
     """
-    lowering = lowering or _lowering(q, k, is_causal, mask, queries=q.shape[2])
+    lowering = lowering or lowering_of(q, k, is_causal, mask, queries=q.shape[2])
     if q.numel() == 0:
         return _nothing(q)
     has_slots = _count(depth_k) > 0
@@ -173,18 +173,72 @@ def gather(
     *,
     scale: float,
     dtype: torch.dtype,
+    starts: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """The whole gradients of some slots; arguments and result as of `depth_gather.run`."""
     key, query = keys[0], queries[0]
     what = (grad_outs, queries, lses, deltas, keys, values, readers)
-    options: dict[str, Any] = dict(scale=scale, dtype=dtype)
-    by_kernel = key.numel() > 0 and _merge_lowering(query).name != "plain"
+    options: dict[str, Any] = dict(scale=scale, dtype=dtype, starts=starts)
+    by_kernel = key.numel() > 0 and merge_lowering_of(query).name != "plain"
     if by_kernel:
         products = configs.products(
             head_dim=key.shape[3], group=query.shape[1] // key.shape[1], dtype=key.dtype
         )
         by_kernel = products == "vector"
     return (depth_gather.run if by_kernel else joint.gather)(*what, **options)
+
+
+def lowering_of(
+    q: Tensor,
+    k: Tensor,
+    is_causal: bool,
+    mask: Tensor | None,
+    *,
+    queries: int | None = None,
+    mask_gradient: bool = False,
+) -> Lowering:
+    """What `kernels.choose` says of these inputs; arguments as of :func:`forward` or, without
+    queries, :func:`backward`.
+    """
+    interpreted = not q.is_cuda  # Triton's interpreter: no fused attention on the CPU
+    return choose(
+        device_type="cuda",
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        tokens=k.shape[2],
+        queries=queries,
+        capability=(8, 0) if interpreted else launch.capability(q),
+        available=frozenset() if interpreted else None,
+        masked=mask is not None or masks.is_shifted(q, k, is_causal),
+        additive=mask is not None and mask.dtype != torch.bool,
+        mask_gradient=mask_gradient,
+        traced=launch.is_traced(q),
+    )
+
+
+def merge_lowering_of(q: Tensor) -> Lowering:
+    """What `kernels.choose_merge` says of these queries."""
+    # In Triton's interpreter q is on the CPU.
+    return choose_merge(device_type="cuda", dtype=q.dtype, head_dim=q.shape[-1])
+
+
+def traceable(
+    lowering: Lowering, q: Tensor, depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]
+) -> bool:
+    """Whether a call with these slots, separate tensors, can be traced by a compiler.
+
+    The kernels that take the slots themselves (`slot_table.named`) are those of small groups.
+
+    Args:
+        lowering: of the call. q: queries [B, Hq, T, d]. depth_k, depth_v: S slots.
+    """
+    if lowering.name != "split" or lowering.sequence == "math" or q.numel() == 0:
+        return False
+    if not depth_k:
+        return True
+    group = q.shape[1] // depth_k[0].shape[1]
+    products = configs.products(head_dim=q.shape[3], group=group, dtype=q.dtype)
+    return products == "vector" and slot_table.nameable(depth_k, depth_v)
 
 
 def forward_stacked(
@@ -252,7 +306,7 @@ def merge(
         return _nothing(q)
     q, out = launch.unit_rows(q), launch.unit_rows(sequence_out)
     lse = sequence_lse.to(torch.promote_types(q.dtype, torch.float32))
-    return _merge(_merge_lowering(q), q, out, lse, depth_k, depth_v, scale)
+    return _merge(merge_lowering_of(q), q, out, lse, depth_k, depth_v, scale)
 
 
 def merge_backward(
@@ -315,7 +369,7 @@ def _merge_backward(
     out, lse = launch.unit_rows(out), launch.contiguous(lse)
     nothing = q.new_zeros(q.shape[-1]).expand(q.shape)  # there is no sequence part of dq
     dq, delta = _depth_backward(
-        _merge_lowering(q), grad_out, q, out, lse, nothing, depth_k, depth_v, grads, True, scale
+        merge_lowering_of(q), grad_out, q, out, lse, nothing, depth_k, depth_v, grads, True, scale
     )
     of_sequence = joint.sequence_gradients(grad_out, sequence_out, sequence_lse, out, lse)
     return *of_sequence, dq, delta
@@ -356,7 +410,7 @@ def _backward(
 
     Where there are slots but no grads, delta is returned.
     """
-    lowering = lowering or _lowering(q, k, is_causal, mask, mask_gradient=mask_gradient)
+    lowering = lowering or lowering_of(q, k, is_causal, mask, mask_gradient=mask_gradient)
     if q.numel() == 0:
         dmask = masks.no_gradient(mask) if mask_gradient else None
         return _empty(q), _empty(k), _empty(v), dmask, None if grads else _no_delta(q)
@@ -421,38 +475,8 @@ def _count(slots: _Slots) -> int:
 def _slots(depth_k: _Slots, depth_v: _Slots, *, listed: bool = False) -> slot_table.Slots:
     if isinstance(depth_k, Tensor) and isinstance(depth_v, Tensor):
         return slot_table.stacked(depth_k, depth_v)
-    make = slot_table.listed if listed else slot_table.table
+    make = slot_table.listed if listed else slot_table.separate
     return make(list(depth_k), list(depth_v))
-
-
-def _lowering(
-    q: Tensor,
-    k: Tensor,
-    is_causal: bool,
-    mask: Tensor | None,
-    *,
-    queries: int | None = None,
-    mask_gradient: bool = False,
-) -> Lowering:
-    interpreted = not q.is_cuda  # Triton's interpreter: no fused attention on the CPU
-    return choose(
-        device_type="cuda",
-        dtype=q.dtype,
-        head_dim=q.shape[3],
-        tokens=k.shape[2],
-        queries=queries,
-        capability=(8, 0) if interpreted else launch.capability(q),
-        available=frozenset() if interpreted else None,
-        masked=mask is not None or masks.is_shifted(q, k, is_causal),
-        additive=mask is not None and mask.dtype != torch.bool,
-        mask_gradient=mask_gradient,
-        traced=launch.is_traced(q),
-    )
-
-
-def _merge_lowering(q: Tensor) -> Lowering:
-    # In Triton's interpreter q is on the CPU.
-    return choose_merge(device_type="cuda", dtype=q.dtype, head_dim=q.shape[-1])
 
 
 def _no_delta(q: Tensor) -> Tensor:

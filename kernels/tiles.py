@@ -19,6 +19,12 @@ import triton.language as tl
 TABLE_COLUMNS = 8
 """int64 columns of a slot table: key address, its (batch, head, token) strides; same of value."""
 
+TABLE_ROWS = tl.constexpr(48)
+"""The most rows of a table that a kernel writes itself; see `write_table`."""
+
+TABLE_COPIES = tl.constexpr(128)
+"""Tables that the programs of a launch share where they write it themselves."""
+
 
 @triton.jit
 def product(a, b, EMULATED: tl.constexpr):
@@ -216,3 +222,75 @@ def load_slots(
         cells = row_cells(start, batch, head, token, dim, own, ALIGN)
         tiles += (tl.load(cells, mask=live & slot_live, other=0.0),)
     return tiles
+
+
+@triton.jit
+def write_table(
+    table, COLUMNS: tl.constexpr,
+    n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, n11, n12, n13, n14, n15,
+    n16, n17, n18, n19, n20, n21, n22, n23, n24, n25, n26, n27, n28, n29, n30, n31,
+    n32, n33, n34, n35, n36, n37, n38, n39, n40, n41, n42, n43, n44, n45, n46, n47,
+    n48, n49, n50, n51, n52, n53, n54, n55, n56, n57, n58, n59, n60, n61, n62, n63,
+    n64, n65, n66, n67, n68, n69, n70, n71, n72, n73, n74, n75, n76, n77, n78, n79,
+    n80, n81, n82, n83, n84, n85, n86, n87, n88, n89, n90, n91, n92, n93, n94, n95,
+):  # fmt: skip
+    """A table of the rows that the kernel was given itself: writes it, and returns where it is.
+
+    Row i gets the addresses of n<2 i> and n<2 i + 1>, in groups of eight rows; None ends the list.
+    A program writes the whole table before it reads it, so none has to wait for another, and the
+    barrier is one of its own threads. Others write the same numbers to the same place: to
+    TABLE_COPIES places [TABLE_ROWS, COLUMNS], as thousands of programs queue up for one.
+    """
+    own = table + (tl.program_id(0) % TABLE_COPIES) * (TABLE_ROWS * COLUMNS)
+    _write_rows(
+        own, 0, COLUMNS,
+        n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, n11, n12, n13, n14, n15,
+    )  # fmt: skip
+    _write_rows(
+        own, 8, COLUMNS,
+        n16, n17, n18, n19, n20, n21, n22, n23, n24, n25, n26, n27, n28, n29, n30, n31,
+    )  # fmt: skip
+    _write_rows(
+        own, 16, COLUMNS,
+        n32, n33, n34, n35, n36, n37, n38, n39, n40, n41, n42, n43, n44, n45, n46, n47,
+    )  # fmt: skip
+    _write_rows(
+        own, 24, COLUMNS,
+        n48, n49, n50, n51, n52, n53, n54, n55, n56, n57, n58, n59, n60, n61, n62, n63,
+    )  # fmt: skip
+    _write_rows(
+        own, 32, COLUMNS,
+        n64, n65, n66, n67, n68, n69, n70, n71, n72, n73, n74, n75, n76, n77, n78, n79,
+    )  # fmt: skip
+    _write_rows(
+        own, 40, COLUMNS,
+        n80, n81, n82, n83, n84, n85, n86, n87, n88, n89, n90, n91, n92, n93, n94, n95,
+    )  # fmt: skip
+    tl.debug_barrier()
+    return own
+
+
+@triton.jit
+def _write_rows(
+    table, first, COLUMNS: tl.constexpr,
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+):  # fmt: skip
+    """Eight rows of `write_table`, from the row `first` on; nothing where they are None."""
+    if a0 is not None:
+        entry = table + first * COLUMNS
+        tl.store(entry + 0 * COLUMNS, tl.cast(a0, tl.int64))
+        tl.store(entry + 0 * COLUMNS + 4, tl.cast(a1, tl.int64))
+        tl.store(entry + 1 * COLUMNS, tl.cast(a2, tl.int64))
+        tl.store(entry + 1 * COLUMNS + 4, tl.cast(a3, tl.int64))
+        tl.store(entry + 2 * COLUMNS, tl.cast(a4, tl.int64))
+        tl.store(entry + 2 * COLUMNS + 4, tl.cast(a5, tl.int64))
+        tl.store(entry + 3 * COLUMNS, tl.cast(a6, tl.int64))
+        tl.store(entry + 3 * COLUMNS + 4, tl.cast(a7, tl.int64))
+        tl.store(entry + 4 * COLUMNS, tl.cast(a8, tl.int64))
+        tl.store(entry + 4 * COLUMNS + 4, tl.cast(a9, tl.int64))
+        tl.store(entry + 5 * COLUMNS, tl.cast(a10, tl.int64))
+        tl.store(entry + 5 * COLUMNS + 4, tl.cast(a11, tl.int64))
+        tl.store(entry + 6 * COLUMNS, tl.cast(a12, tl.int64))
+        tl.store(entry + 6 * COLUMNS + 4, tl.cast(a13, tl.int64))
+        tl.store(entry + 7 * COLUMNS, tl.cast(a14, tl.int64))
+        tl.store(entry + 7 * COLUMNS + 4, tl.cast(a15, tl.int64))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from moda_compile import fx, pipeline
 from moda_compile.config import MoDAConfig
 from moda_compile.errors import InputError, RewriteError
-from moda_compile.passes import gather
+from moda_compile.passes import gather, unfold
 from moda_compile.plan import Plan
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
@@ -216,8 +216,12 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    own = patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
-    patches["joint_custom_pre_pass"] = _joint_pass(own)
+    for name, run in (
+        ("joint_custom_pre_pass", gather.run),
+        ("post_grad_custom_pre_pass", unfold.run),
+    ):
+        own = patches.get(name, getattr(torch._inductor.config, name))
+        patches[name] = _graph_pass(run, own)
     # Donated buffers let backward overwrite what forward saved, and forbid retain_graph=True.
     with torch._functorch.config.patch(donated_buffer=False):
         return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
@@ -235,18 +239,18 @@ def source_hash() -> str:
     return get_hash_for_files(tuple(files)).hex()
 
 
-def _joint_pass(own: Any) -> Any:
-    """The pass over AOTAutograd's joint graph, whose identity is this library's source.
+def _graph_pass(run: Callable[[Graph], None], own: Any) -> Any:
+    """A pass over Inductor's graphs, whose identity is this library's source.
 
     An operator's backward formula is not in the key of AOTAutograd's cache, so without it an
     upgrade of the library could hit an entry that holds the old gradient. Passes of the user's
-    (``own``) run, and count, as before.
+    (``own``) run behind it, and count, as before.
     """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class JointPass(CustomGraphPass):
+    class GraphPass(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
-            gather.run(graph)
+            run(graph)
             for custom in own if isinstance(own, (list, tuple)) else [own]:
                 if custom is not None:
                     custom(graph)
@@ -256,4 +260,4 @@ def _joint_pass(own: Any) -> Any:
             ids = [p.uuid() if hasattr(p, "uuid") else None for p in passes if p is not None]
             return None if None in ids else (source_hash(), *map(str, ids))
 
-    return JointPass()
+    return GraphPass()

@@ -95,6 +95,7 @@ def depth_gather(
     readers: Sequence[int],
     scale: float,
     dtype: torch.dtype,
+    starts: Sequence[Tensor | None],
 ) -> Tensor:
     """The whole gradients [M, 2, B, Hk, T, d] of M slots' (keys, values), in ``dtype``.
 
@@ -104,16 +105,21 @@ def depth_gather(
 
         p = exp(scale q . k - lse);  dz = p (do . v - delta)
         dk = scale sum dz q;  dv = sum p do      over these layers and the heads of the group
+
+    starts: of each slot's key and value in turn, [B, Hk, T, d] in ``dtype`` or None: what its
+    gradient is added to, such as the part that is the slot's own layer's. Empty: nothing.
     """
     _check_gather(grad_outs, queries, lses, deltas, keys, values, readers)
+    _check_starts(starts, keys, dtype)
     made: Tensor = ops.kernels_for(keys[0]).gather(
-        grad_outs, queries, lses, deltas, keys, values, readers, scale=scale, dtype=dtype
-    )
+        grad_outs, queries, lses, deltas, keys, values, readers,
+        scale=scale, dtype=dtype, starts=starts,
+    )  # fmt: skip
     return made
 
 
 @registration.fake("depth_gather")
-def _(grad_outs, queries, lses, deltas, keys, values, readers, scale, dtype):  # type: ignore[no-untyped-def]
+def _(grad_outs, queries, lses, deltas, keys, values, readers, scale, dtype, starts):  # type: ignore[no-untyped-def]
     b, hk, t, d = keys[0].shape
     return keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
 
@@ -162,3 +168,19 @@ def _check_gather(
             "depth_gather: keys, values, queries and output gradients differ in dtype or device: "
             f"{sorted({f'{x.dtype} on {x.device}' for x in rows})}."
         )
+
+
+def _check_starts(
+    starts: Sequence[Tensor | None], keys: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    if starts and len(starts) != 2 * len(keys):
+        raise InputError(
+            f"depth_gather: got {len(starts)} starts for {len(keys)} slots; expected two of each, "
+            "or none at all."
+        )
+    for x in starts:
+        if x is not None and (x.shape, x.dtype) != (keys[0].shape, dtype):
+            raise InputError(
+                f"depth_gather: got a start {tuple(x.shape)} of {x.dtype}, expected "
+                f"{tuple(keys[0].shape)} of {dtype}, as the gradient is."
+            )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 _library = torch.library.Library("moda_compile", "FRAGMENT")
+_functions: dict[Any, Callable[..., Any]] = {}
 
 
 def operator(name: str, *, mutates: str | None = None) -> Callable[[Callable[..., Any]], Any]:
@@ -32,9 +33,16 @@ def operator(name: str, *, mutates: str | None = None) -> Callable[[Callable[...
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         called = function if mutates is None else _counting(function, mutates)
         _library.impl(name, called, "CompositeExplicitAutograd")
-        return getattr(torch.ops.moda_compile, name)
+        made = getattr(torch.ops.moda_compile, name)
+        _functions[made.default] = function
+        return made
 
     return register
+
+
+def function(operator: Any) -> Callable[..., Any]:
+    """What an operator, ``torch.ops.moda_compile.<name>.default``, calls; for a trace of it."""
+    return _functions[operator]
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -89,7 +89,7 @@ def layers(
 def check(readers: tuple[int, ...], dtype: torch.dtype, **options: Any) -> None:
     arguments, exact = layers(readers, dtype, **options)
     for made_in in (dtype, torch.promote_types(dtype, torch.float32)):
-        got = OPS.depth_gather(*arguments, SCALE, made_in)
+        got = OPS.depth_gather(*arguments, SCALE, made_in, [])
         assert got.dtype == made_in
         assert got.transpose(3, 4).is_contiguous()
         # lse and delta come rounded, so p and dz are off by a few units of them; then one rounding.
@@ -106,6 +106,34 @@ def test_against_the_oracle(readers: tuple[int, ...], dtype: torch.dtype) -> Non
     check(readers, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_starts_are_added_to(dtype: torch.dtype) -> None:
+    arguments, exact = layers((3, 2), dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    plain = OPS.depth_gather(*arguments, SCALE, wide, [])
+    generator = torch.Generator().manual_seed(9)
+    shape = exact[0].shape[1:]
+    key, value = (torch.randn(shape, generator=generator).to(wide) for _ in range(2))
+    key = key.transpose(1, 2).contiguous().transpose(1, 2)  # of any strides
+    made = OPS.depth_gather(*arguments, SCALE, wide, [key, None, None, value])
+    torch.testing.assert_close(made[0, 0], plain[0, 0] + key)
+    torch.testing.assert_close(made[1, 1], plain[1, 1] + value)
+    assert torch.equal(made[0, 1], plain[0, 1])
+    assert torch.equal(made[1, 0], plain[1, 0])
+
+
+def test_starts_of_another_form() -> None:
+    arguments, _ = layers((3, 2), torch.float32)
+    key = arguments[4][0]
+    for starts, message in (
+        ([key], "got 1 starts for 2 slots"),
+        ([key[..., :2], None, None, None], "got a start"),
+        ([key.double(), None, None, None], "of torch.float64, expected"),
+    ):
+        with pytest.raises(InputError, match=message):
+            OPS.depth_gather(*arguments, SCALE, torch.float32, starts)
+
+
 @pytest.mark.parametrize("kind", ["reversed", "every second", "token major", "offset"])
 def test_any_strides(kind: str) -> None:
     check((3, 2), torch.float32, kind=kind)
@@ -120,7 +148,7 @@ def test_groups_and_head_dims(hk: int, groups: int, d: int) -> None:
 def test_empty(sizes: dict[str, int]) -> None:
     q, k, *_ = make(dtype=torch.float32, **sizes)
     rest = (q[..., 0], q[..., 0])
-    made = OPS.depth_gather(*([x] for x in (q, q, *rest, k, k)), [1], SCALE, torch.float32)
+    made = OPS.depth_gather(*([x] for x in (q, q, *rest, k, k)), [1], SCALE, torch.float32, [])
     assert made.shape == (1, 2, *k.shape)
     saved = (q, q, k, k, [k], [k], q, q[..., 0])
     *_, delta = OPS.depth_attention_query_backward(*saved, True, SCALE)
@@ -131,7 +159,7 @@ def test_empty(sizes: dict[str, int]) -> None:
 
 def test_opcheck() -> None:
     arguments, _ = layers((2, 1), torch.float32, kind="token major")
-    opcheck(OPS.depth_gather.default, (*arguments, SCALE, torch.bfloat16))
+    opcheck(OPS.depth_gather.default, (*arguments, SCALE, torch.bfloat16, []))
     saved = backward_arguments(torch.bfloat16)
     opcheck(OPS.depth_attention_query_backward.default, (*saved, True, SCALE))
     grad, q, _, _, keys, values, out, lse = saved
@@ -163,7 +191,7 @@ def changed(place: int, value: Any) -> Any:
 )  # fmt: skip
 def test_what_can_not_be_gathered(place: int, value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        OPS.depth_gather(*changed(place, value), SCALE, torch.float32)
+        OPS.depth_gather(*changed(place, value), SCALE, torch.float32, [])
 
 
 def test_without_slots_nothing_is_left_out() -> None:

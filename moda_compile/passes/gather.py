@@ -205,7 +205,7 @@ def _rewrite(
                 together = chosen
         done.update(together)
         where = [site for site in sites if site.slot in together]
-        _gather(graph, chain, deltas, keys, values, together, readers, where)
+        _gather(graph, chain, deltas, keys, values, together, readers, where, place)
     return True
 
 
@@ -239,8 +239,12 @@ def _gather(
     slots: Sequence[int],
     readers: dict[int, list[int]],
     sites: Sequence[_Site],
+    place: dict[Node, int],
 ) -> None:
-    """Compute the slots' gradients in front of the first of their sites, and use them there."""
+    """Compute the slots' gradients in front of the first of their sites, and use them there.
+
+    What a gradient is then added to, if it is there by then, is where the kernel starts.
+    """
     order = _in_order([readers[slot] for slot in slots])
     assert order is not None
     taken = {user for site in sites for user in site.node.users}
@@ -248,6 +252,14 @@ def _gather(
     # Rounded once, when written, where all that was done with the rows is to round them.
     rounded = len(casts) == 1 and casts != {None}
     dtype = next(iter(casts)) if rounded else _value(sites[0].node).dtype
+    like = sites[0].node
+    results = {site: list(site.node.users) if rounded else [site.node] for site in sites}
+    starts: dict[tuple[int, int], Node] = {}
+    for site, (result, *others) in results.items():
+        added = None if others else _only_addition(result)
+        if added is not None and place[added[1]] < place[like]:
+            results[site] = [added[0]]
+            starts[site.slot, site.side] = added[1]
     calls = [chain[i].call for i in order]
     arguments = (
         [call["grad_out"] for call in calls],
@@ -259,16 +271,31 @@ def _gather(
         [len(readers[slot]) for slot in slots],
         calls[0]["scale"],
         dtype,
+        [starts.get((slot, side)) for slot in slots for side in (0, 1)],
     )
-    like = sites[0].node
     with graph.inserting_before(like):
         made = _call(graph, _own.depth_gather.default, arguments, like)
         rows = [_call(graph, _aten.select.int, (made, 0, i), like) for i in range(len(slots))]
         for site in sites:
             row = rows[slots.index(site.slot)]
             side = _call(graph, _aten.select.int, (row, 0, site.side), like)
-            for user in list(site.node.users) if rounded else [site.node]:
-                user.replace_all_uses_with(side)
+            for result in results[site]:
+                result.replace_all_uses_with(side)
+
+
+def _only_addition(node: Node) -> tuple[Node, Node] | None:
+    """Where the node is used once, in a sum with one other like it: the sum and the other."""
+    (user, *others) = node.users
+    if others or user.target is not _aten.add.Tensor or user.kwargs or len(user.args) != 2:
+        return None
+    (other, *rest) = [x for x in user.args if x is not node]
+    if rest or not isinstance(other, Node):
+        return None
+    ours, theirs = _value(node), _value(other)
+    if not isinstance(theirs, torch.Tensor):
+        return None
+    alike = (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    return (user, other) if alike else None
 
 
 def _call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node) -> Node:

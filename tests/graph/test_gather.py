@@ -213,6 +213,19 @@ def test_rows_are_rounded_once_when_they_are_written() -> None:
     assert all(n.meta["val"].dtype == torch.bfloat16 for n in rows)
 
 
+def test_the_own_layer_s_part_is_what_a_gradient_starts_from() -> None:
+    model = stack()
+    made = check(model, model.config.inputs())
+    (joint,) = made.graphs
+    for *_, starts in made.calls(GATHER):
+        # The first slot's layer has run its backward by then, the other's has not.
+        assert [x is None for x in starts] == [False, False, True, True]
+    sums = [n for n in joint.graph.nodes if n.target is torch.ops.aten.add.Tensor]
+    picked = torch.ops.aten.select.int
+    added = [n for n in sums if any(x.target is picked for x in n.all_input_nodes)]
+    assert len(added) == 2 * len(made.calls(GATHER))
+
+
 # --- what is left as it is ----------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +27,23 @@ def compile_for_h100(
 ) -> Any:
     """The compiled kernel; every number but scale an int32, rows on 16-byte boundaries.
 
-    pointers: the types of arguments that are no such numbers, of a tuple a tuple of them.
+    pointers: the types of arguments that are no such numbers. What has a default keeps it.
     """
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
+    left_out = {x.name: x.default for x in kernel.params if x.has_default}
+    constants = {name: x for name, x in left_out.items() if name not in pointers} | constants
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         signature[name] = pointers.get(name, "fp32" if name == "scale" else "i32")
         signature[name] = "constexpr" if name in constants else signature[name]
         row_stride = "stride" in name and not name.startswith(("mask", "lse", "delta"))
-        if name not in constants and (name in pointers or row_stride) and "coded" not in name:
-            attributes |= dict.fromkeys(_leaves((place,), signature[name]), DIVISIBLE)
+        if name not in constants and (name in pointers or row_stride):
+            attributes[(place,)] = DIVISIBLE
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
     target = backends.GPUTarget("cuda", 90, 32)
     return compiler.compile(source, target=target, options=options)
-
-
-def _leaves(place: tuple[int, ...], kind: Any) -> Iterator[tuple[int, ...]]:
-    """Where the arguments of a tuple, or of none, are."""
-    if isinstance(kind, str):
-        yield place
-        return
-    for number, inner in enumerate(kind):
-        yield from _leaves((*place, number), inner)
 
 
 def resources(made: Any, folder: Path) -> dict[str, int]:

@@ -7,6 +7,7 @@ test_interpreter.py; by hand: TRITON_INTERPRET=1 python tests/kernels/interprete
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moda_compile.kernels import Lowering, configs, split  # noqa: E402
+from moda_compile.kernels import Lowering, configs, slot_table, split  # noqa: E402
 from moda_compile.kernels import sequence as sequence_kernels  # noqa: E402
 from tests.kernels.script import report  # noqa: E402
 
@@ -179,6 +180,11 @@ def cases() -> Iterator[dict[str, Any]]:
         yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), layout=layout, d=24)
     yield gathered | dict(dtype="fp32", acc="fp32", readers=(2, 1), d=1, t=1)
     yield gathered | dict(dtype="fp16", acc="fp16", readers=(2, 2), d=256, g=3)
+    # The kernels write the slots' addresses themselves; of 9 slots in two groups of rows.
+    named = dict(named=True, dtype="bf16", acc="bf16")
+    for g, readers, t in ((1, (10, 9), 3), (2, (1, 1), 5), (4, (3, 2), 3)):
+        yield gathered | named | dict(g=g, readers=readers, t=t)
+    yield base | named | dict(mode="list", s=9, g=2)
     # What the kernel is not for, by PyTorch operations, and the matrix kernel's delta.
     yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), g=20)
     yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), products="matrix")
@@ -198,9 +204,11 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             mock.Mock(return_value=tile),
         )
     measure = gather_errors if case["mode"] == "gather" else errors
-    if not chosen:
-        return measure(case)
-    with mock.patch.multiple(configs, **chosen):
+    with contextlib.ExitStack() as stack:
+        if chosen:
+            stack.enter_context(mock.patch.multiple(configs, **chosen))
+        if case.get("named"):
+            stack.enter_context(mock.patch.object(slot_table, "table", slot_table.named))
         return measure(case)
 
 

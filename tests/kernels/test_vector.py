@@ -193,16 +193,16 @@ def test_gather_compiles_for_an_h100(
     pointers |= dict.fromkeys(("lse", "delta"), "*fp32")
     pointers |= dict.fromkeys(("rows_table", "numbers_table"), "*i64")
     pointers["gradients"] = POINTERS[made_in]
-    pointers |= dict.fromkeys(("keys", "values"), (own,) * slots)
-    strides = dict.fromkeys(("query", "grad_out", "lse", "delta"), ("i32",) * 4)
-    strides |= dict.fromkeys(("key", "value"), (("i32",) * 3,) * slots)
-    strides["gradient"] = ("i32",) * 5
-    pointers |= {f"{name}_strides": kind for name, kind in strides.items()}
-    pointers["coded_readers"] = ("i32",) * slots
+    sides = [f"{place}_{side}" for place in ("first", "second") for side in ("key", "value")]
+    pointers |= dict.fromkeys(sides, own)
+    # Only the first slot's own layer has run by then.
+    starts = {f"{side}_start": POINTERS[made_in] for side in sides if side.startswith("first")}
+    pointers |= starts
     constants = dict(
         GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
         SLOTS=slots, READERS=tile.slots, COLUMNS=8, ROWS_UNIFORM=True, NUMBERS_UNIFORM=True,
         ALIGN=width * dtype.itemsize, GRAD_ALIGN=width * made_in.itemsize,
+        second_key_start=None, second_value_start=None,
     )  # fmt: skip
     made = compile_for_h100(
         depth_gather.depth_gather_kernel, pointers, constants, num_warps=tile.warps
@@ -212,8 +212,11 @@ def test_gather_compiles_for_an_h100(
     bits = 8 * width * dtype.itemsize
     access = {128: "ld.global.v4.b32", 64: "ld.global.v2.b32"}[bits]
     accesses = tile.tokens * configs.padded(head_dim) // (32 * tile.warps * width)
-    # K and V of each slot; q and do of a step's readers, before the loop and in it.
-    assert made.asm["ptx"].count(access) == 2 * (slots + 2 * tile.slots * group) * accesses
+    # K and V of each slot; q and do of a step's readers, before the loop and in it; what the first
+    # slot's gradients are added to, wider numbers in as many accesses.
+    read = 2 * (slots + 2 * tile.slots * group)
+    wide = made_in.itemsize == dtype.itemsize or bits == 128
+    assert made.asm["ptx"].count(access) == (read + 2 * wide) * accesses
     used = resources(made, tmp_path)
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
     assert used["REG"] <= registers

@@ -1,0 +1,276 @@
+"""In a graph that Inductor is about to compile: put what an operator does in the operator's place.
+
+To Inductor the operators of `ops` and `gathered` are opaque, and each call runs Python of ours:
+with tens of tensors a call, a step of few tokens takes the GPU less than that takes the host. What
+a call does is the platform's attention and a Triton kernel. Inductor calls both itself, as it calls
+its own kernels, where the graph has them instead; and its buffers take the place of the operator's.
+
+Why it is safe: the kernel is given every slot among its arguments (`slot_table.named`), so Inductor
+knows who reads a slot, and how long it must live. What `split.traceable` refuses stays an operator.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from moda_compile import gathered, registration  # noqa: F401  (gathered registers operators)
+
+_own = torch.ops.moda_compile
+_aten = torch.ops.aten
+_MUTATION = torch.ops.higher_order.triton_kernel_wrapper_mutation
+_FUNCTIONAL = torch.ops.higher_order.triton_kernel_wrapper_functional
+_VIEWS = (
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.select.int,
+    _aten.slice.Tensor,
+)
+_ALLOCATIONS = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_strided.default)
+
+
+def run(graph: Graph) -> None:
+    """Replace the operators that can be traced, in place."""
+    changed = False
+    for node in list(graph.nodes):
+        traceable = _TRACEABLE.get(node.target)
+        if traceable is None or not all(map(_plain, node.all_input_nodes)):
+            continue
+        if traceable(_call_by_name(node)):
+            if node.target is _own.depth_gather.default:
+                _keep_sums(graph, node)
+            changed |= _replace(graph, node)
+    if changed:
+        graph.lint()
+
+
+def _plain(node: Node) -> bool:
+    """On a GPU, and of numbers: of symbolic sizes a trace would decide what others decide anew."""
+    x = _value(node)
+    numbers = (*x.shape, *x.stride(), x.storage_offset())
+    return x.device.type == "cuda" and all(type(n) is int for n in numbers)
+
+
+def _attention(call: dict[str, Any], *, forward: bool) -> bool:
+    from moda_compile.kernels import split
+
+    q, k, mask = call["q"], call["k"], call["mask"]
+    lowering = split.lowering_of(
+        q,
+        k,
+        call["is_causal"],
+        mask,
+        queries=q.shape[2] if forward else None,
+        mask_gradient=call.get("mask_gradient", False),
+    )
+    return split.traceable(lowering, q, call["depth_k"], call["depth_v"])
+
+
+def _forward(call: dict[str, Any]) -> bool:
+    return _attention(call, forward=True)
+
+
+def _backward(call: dict[str, Any]) -> bool:
+    return _attention(call, forward=False)
+
+
+def _last_backward(call: dict[str, Any]) -> bool:
+    """Of the first layer, which reads no slots; a kernel that adds to an accumulator stays one."""
+    return not call["depth_k"] and _backward(call)
+
+
+def _merge(call: dict[str, Any]) -> bool:
+    from moda_compile.kernels import split
+
+    q = call["q"]
+    return split.traceable(split.merge_lowering_of(q), q, call["depth_k"], call["depth_v"])
+
+
+def _gather(call: dict[str, Any]) -> bool:
+    from moda_compile.kernels import split
+
+    q = call["queries"][0]
+    sides = (call["queries"], call["grad_outs"]), (call["lses"], call["deltas"])
+    lowering = split.merge_lowering_of(q)
+    # The kernel for products of vectors is the one that gathers.
+    return all(split.traceable(lowering, q, *side) for side in sides)
+
+
+_TRACEABLE: dict[Any, Callable[[dict[str, Any]], bool]] = {
+    _own.depth_attention.default: _forward,
+    _own.depth_attention_backward.default: _last_backward,
+    _own.depth_merge.default: _merge,
+    _own.depth_attention_query_backward.default: _backward,
+    _own.depth_merge_query_backward.default: _merge,
+    _own.depth_gather.default: _gather,
+}
+
+
+def _call_by_name(node: Node) -> dict[str, Any]:
+    """The operator's arguments, fake tensors for nodes."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    found = {x.name: x.default_value for x in schema if x.has_default_value()}
+    found |= {x.name: given for x, given in zip(schema, node.args, strict=False)}
+    found |= node.kwargs
+    return {name: torch.fx.node.map_arg(x, _value) for name, x in found.items()}
+
+
+def _replace(graph: Graph, node: Node) -> bool:
+    """Put the operator's body in its place; False, and nothing changed, if it isn't the same."""
+    body = _traced(node)
+    expected = _value(node)
+    single = isinstance(expected, Tensor)
+    forms = [_form(x) for x in ([expected] if single else expected)]
+    if [_form(_value(x)) for x in _outputs(body)] != forms:
+        return False
+    if any(x.op == "get_attr" for x in body.nodes) or not _without_mutation(body):
+        return False
+    copies: dict[Node, Node] = dict(
+        zip(body.find_nodes(op="placeholder"), node.all_input_nodes, strict=True)
+    )
+    with graph.inserting_before(node):
+        graph.graph_copy(body, copies)
+    for launch in body.find_nodes(op="call_function", target=_FUNCTIONAL):
+        _give_addresses(copies[launch])
+    results = [copies[x] for x in _outputs(body)]
+    if single:
+        node.replace_all_uses_with(results[0])
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(results[cast(int, user.args[1])])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return True
+
+
+def _traced(node: Node) -> Graph:
+    """The graph of the operator's function; its inputs are the node's."""
+    inputs = node.all_input_nodes
+
+    def call(*tensors: Tensor) -> Any:
+        given = dict(zip(inputs, tensors, strict=True))
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        return registration.function(node.target)(*args, **kwargs)
+
+    with _value(inputs[0]).fake_mode:
+        traced = make_fx(call, decomposition_table=select_decomp_table())
+        return traced(*map(_value, inputs)).graph
+
+
+def _outputs(body: Graph) -> list[Node]:
+    (made,) = body.output_node().args
+    return [made] if isinstance(made, Node) else list(made)  # type: ignore[arg-type]
+
+
+def _without_mutation(body: Graph) -> bool:
+    """Make launches return what they write, in place; False where that isn't known.
+
+    A launch writes to what was allocated for it. (PyTorch's own functionalization would find that
+    out from the kernel's code, compiled anew for each launch: half of a second, for each.)
+    """
+    for launch in body.find_nodes(op="call_function", target=_MUTATION):
+        given = launch.kwargs["kwargs"]
+        written = {name: x for name, x in given.items() if isinstance(x, Node) and _allocation(x)}
+        # Another view of what was allocated would go on showing what it was before.
+        viewed = [y for x in written.values() for y in _chain(x)[1:]]
+        if any(len(y.users) > 1 for y in viewed) or len({*written.values()}) < len(written):
+            return False
+        options = {**launch.kwargs, "tensors_to_clone": list(written)}
+        with body.inserting_before(launch):
+            made = body.call_function(_FUNCTIONAL, (), options)
+            made.meta = {**launch.meta, "val": {name: _value(x) for name, x in written.items()}}
+            if "eager_input_vals" in made.meta:
+                made.meta["eager_input_vals"] = (), torch.fx.node.map_arg(options, _value)
+            for name, x in written.items():
+                result = body.call_function(operator.getitem, (made, name))
+                result.meta = dict(x.meta)
+                for user in set(x.users) - {launch, made}:
+                    user.replace_input_with(x, result)
+        body.erase_node(launch)
+    return True
+
+
+def _allocation(node: Node) -> bool:
+    return _chain(node)[-1].target in _ALLOCATIONS
+
+
+def _chain(node: Node) -> list[Node]:
+    """The node and, while it is a view, what it views."""
+    chain = [node]
+    while _is_view(chain[-1]):
+        chain.append(chain[-1].all_input_nodes[0])
+    return chain
+
+
+def _is_view(node: Node) -> bool:
+    if node.target is _aten.reshape.default:
+        return bool(_value(node.all_input_nodes[0]).is_contiguous())
+    return node.target in _VIEWS
+
+
+def _give_addresses(launch: Node) -> None:
+    """Hand a kernel the tensors whose views it was given, where they begin at the same address.
+
+    Of a tensor it gets no more than the address. Inductor makes a tensor of each view in front of
+    each launch, and there are tens.
+    """
+    written = launch.kwargs["tensors_to_clone"]
+    given = dict(launch.kwargs["kwargs"])  # type: ignore[arg-type]
+    for name, x in given.items():
+        if isinstance(x, Node) and name not in written:  # type: ignore[operator]
+            given[name] = next(y for y in reversed(_chain(x)) if _offset(y) == _offset(x))
+    launch.kwargs = {**launch.kwargs, "kwargs": given}
+    if "eager_input_vals" in launch.meta:  # Inductor keeps to their strides
+        launch.meta["eager_input_vals"] = (), torch.fx.node.map_arg(launch.kwargs, _value)
+
+
+def _keep_sums(graph: Graph, node: Node) -> None:
+    """Have sums with gathered gradients made once, token-major, as both their parts are.
+
+    Left alone, Inductor makes them head-major, or anew for each of their readers, and copies them
+    for the product that reads them. `as_strided` is what it makes a tensor for.
+    """
+    for row in node.users:
+        for total in [x for side in row.users for x in side.users if x.target is _aten.add.Tensor]:
+            value = _value(total)
+            if total.kwargs or not value.transpose(1, 2).is_contiguous():
+                continue
+            with graph.inserting_before(total):
+                parts = [_call(graph, _aten.permute.default, x, [0, 2, 1, 3]) for x in total.args]
+                made = _call(graph, _aten.add.Tensor, *parts)
+                form = list(value.shape), list(value.stride()), 0
+                kept = _call(graph, _aten.as_strided.default, made, *form)
+            total.replace_all_uses_with(kept)
+            graph.erase_node(total)
+
+
+def _call(graph: Graph, target: Any, *args: Any) -> Node:
+    node = graph.call_function(target, args)
+    fakes = torch.fx.node.map_arg(args, _value)
+    with fakes[0].fake_mode:
+        node.meta["val"] = target(*fakes)
+    return node
+
+
+def _offset(node: Node) -> int:
+    return int(_value(node).storage_offset())
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.shape), x.stride(), x.dtype, x.device
+
+
+def _value(node: Node) -> Any:
+    return node.meta["val"]

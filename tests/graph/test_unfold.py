@@ -1,0 +1,245 @@
+"""The pass over Inductor's graphs: operators become what they do, with every slot in sight.
+
+With fake CUDA tensors: nothing is launched, and the platform's attention is said to be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+pytest.importorskip("triton")
+
+from moda_compile import gathered, kernels, ops  # noqa: E402, F401  (register the operators)
+from moda_compile.kernels import launch, slot_table  # noqa: E402
+from moda_compile.passes import unfold  # noqa: E402
+
+pytestmark = pytest.mark.skipif(launch.EMULATED, reason="an interpreted kernel can't be traced")
+
+OPS = torch.ops.moda_compile
+ATEN = torch.ops.aten
+LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
+B, H, T, D = 1, 4, 32, 64
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "available_sequence_kernels", lambda: frozenset({"cudnn"}))
+    monkeypatch.setattr(launch, "capability", lambda x: (9, 0))
+
+
+def tensor(heads: int = H, tokens: Any = T, dim: int = D, **options: Any) -> Tensor:
+    """Token-major, as a projection makes it."""
+    options = dict(device="cuda", dtype=torch.bfloat16) | options
+    return torch.empty(B, tokens, heads, dim, **options).transpose(1, 2)
+
+
+def attend(slots: int, **options: Any) -> Callable[..., Any]:
+    def call(q: Tensor, k: Tensor, v: Tensor, *depth: Tensor) -> Any:
+        sides = list(depth[:slots]), list(depth[slots:])
+        return OPS.depth_attention(q, k, v, *sides, True, 0.125, **options)
+
+    return call
+
+
+def unfolded(call: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Graph, Graph]:
+    """The graph of a call before and after the pass."""
+    made = []
+    for changed in (False, True):
+        gm: GraphModule = make_fx(call)(*inputs)
+        if changed:
+            unfold.run(gm.graph)
+            gm.graph.lint()
+        made.append(gm.graph)
+    return made[0], made[1]
+
+
+def own(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes if getattr(n.target, "namespace", "") == "moda_compile"]
+
+
+def launches(graph: Graph) -> list[dict[str, Any]]:
+    return [n.kwargs["kwargs"] for n in graph.nodes if n.target is LAUNCH]
+
+
+def named(call: dict[str, Any], letter: str) -> list[Any]:
+    """Rows that a launch was given, once each, in order."""
+    given = [x for name, x in call.items() if name[0] == letter and name[1:].isdigit()]
+    return list(dict.fromkeys(x for x in given if x is not None))
+
+
+@pytest.mark.parametrize("slots", [0, 1, 9])
+def test_forward_is_the_platform_s_attention_and_a_launch(slots: int) -> None:
+    with FakeTensorMode():
+        before, after = unfolded(attend(slots), [tensor() for _ in range(3 + 2 * slots)])
+    assert len(own(before)) == 1
+    assert own(after) == []
+    assert (
+        len(
+            after.find_nodes(
+                op="call_function", target=ATEN._scaled_dot_product_cudnn_attention.default
+            )
+        )
+        == 1
+    )  # noqa: E501
+    assert len(launches(after)) == min(slots, 1)
+    for x, y in zip(before.output_node().args[0], after.output_node().args[0], strict=True):
+        x, y = x.meta["val"], y.meta["val"]
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+    if slots:
+        _, _, _, *depth = after.find_nodes(op="placeholder")
+        pairs = zip(depth[:slots], depth[slots:], strict=True)
+        (call,) = launches(after)
+        assert named(call, "n") == [x for pair in pairs for x in pair]
+        assert call["slots"] == slots
+
+
+def whole_layer(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *depth: Tensor
+) -> tuple[Tensor, ...]:
+    """Forward, backward and gathering of one reader of two slots."""
+    keys, values = list(depth[:2]), list(depth[2:])
+    out, lse = OPS.depth_attention(q, k, v, keys, values, True, 0.125)
+    dq, dk, dv, _, delta = OPS.depth_attention_query_backward(
+        grad, q, k, v, keys, values, out, lse, True, 0.125
+    )
+    made = OPS.depth_gather(
+        [grad], [q], [lse], [delta], keys, values, [1, 1], 0.125, q.dtype, [dk, dv, None, None]
+    )
+    first, second = (made.select(0, i).select(0, 0) for i in (0, 1))
+    return out, dq, first, second + dk
+
+
+def test_backward_and_gathering() -> None:
+    with FakeTensorMode():
+        _, after = unfolded(whole_layer, [tensor() for _ in range(8)])
+    assert own(after) == []
+    grad, q, _, _, *depth = after.find_nodes(op="placeholder")
+    forward, backward, gathering = launches(after)
+    expected = [depth[0], depth[2], depth[1], depth[3]]
+    assert named(forward, "n") == named(backward, "n") == expected
+    assert named(gathering, "n") == [q, grad]
+    lse, delta = named(gathering, "m")
+    assert lse is backward["lse"]
+    assert delta.args[1] == "delta_out"
+    # Written to what was allocated for it, and nothing else.
+    written = [n.kwargs["tensors_to_clone"] for n in after.nodes if n.target is LAUNCH]
+    assert [sorted(x) for x in written] == [
+        ["lse", "out", "table"],
+        ["delta_out", "grad_query", "table"],
+        ["gradients", "numbers_table", "rows_table"],
+    ]
+
+
+def test_a_sum_with_a_gathered_gradient_is_made_token_major() -> None:
+    with FakeTensorMode():
+        _, after = unfolded(whole_layer, [tensor() for _ in range(8)])
+    (*_, total) = after.output_node().args[0]
+    assert total.target is ATEN.as_strided.default
+    assert total.args[0].meta["val"].is_contiguous()
+    assert total.meta["val"].shape == (B, H, T, D)
+    assert total.meta["val"].transpose(1, 2).is_contiguous()
+
+
+def test_merging() -> None:
+    def call(out: Tensor, lse: Tensor, q: Tensor, grad: Tensor, key: Tensor, value: Tensor) -> Any:
+        made, joint = OPS.depth_merge(out, lse, q, [key], [value], 0.125)
+        return OPS.depth_merge_query_backward(grad, out, lse, q, [key], [value], made, joint, 0.125)
+
+    with FakeTensorMode():
+        lse = torch.empty(B, H, T, device="cuda")
+        inputs = [tensor(), lse, *(tensor() for _ in range(4))]
+        before, after = unfolded(call, inputs)
+    assert len(own(before)) == 2
+    assert own(after) == []
+    assert len(launches(after)) == 2
+
+
+def test_kernels_get_tensors_for_views_that_begin_where_they_do() -> None:
+    def call(flat: Tensor, fused: Tensor, q: Tensor) -> Any:
+        key = flat.view(B, T, H, D).transpose(1, 2)
+        value = fused.view(B, T, 2 * H, D).narrow(2, H, H).transpose(1, 2)
+        return OPS.depth_attention(q, q, q, [key], [value], True, 0.125)
+
+    with FakeTensorMode():
+        flat = torch.empty(B * T, H * D, device="cuda", dtype=torch.bfloat16)
+        fused = torch.empty(B * T, 2 * H * D, device="cuda", dtype=torch.bfloat16)
+        _, after = unfolded(call, [flat, fused, tensor()])
+    base, _, query = after.find_nodes(op="placeholder")
+    (launched,) = launches(after)
+    key, value = named(launched, "n")
+    assert (launched["query"], launched["key"], key) == (query, base, base)
+    assert value.target is ATEN.slice.Tensor
+    assert value.meta["val"].storage_offset() == H * D
+
+
+def symbolic() -> Any:
+    shape_env = ShapeEnv()
+    symbol = shape_env.create_symbol(T, ConstantSource("tokens"), DimDynamic.DYNAMIC)
+    return shape_env.create_symintnode(symbol, hint=T)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["cpu", "symbolic length", "eight heads a key", "too many slots", "mixed strides", "float64",
+     "few queries", "no attention of the platform"],
+)  # fmt: skip
+def test_what_stays_an_operator(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = slot_table.NAMED + 1 if what == "too many slots" else 2
+    options: dict[str, Any] = {}
+    heads, tokens, shape_env = H, T, None
+    if what == "cpu":
+        options["device"] = "cpu"
+    if what == "float64":
+        options["dtype"] = torch.float64
+    if what == "symbolic length":
+        tokens = symbolic()
+        shape_env = tokens.node.shape_env
+    if what == "eight heads a key":
+        heads = 8 * H
+    if what == "no attention of the platform":
+        monkeypatch.setattr(kernels, "available_sequence_kernels", lambda: frozenset())
+    with FakeTensorMode(shape_env=shape_env):
+        queries = 2 if what == "few queries" else tokens
+        q = tensor(heads, queries, **options)
+        k, v = (tensor(H, tokens, **options) for _ in range(2))
+        depth = [tensor(H, queries, **options) for _ in range(2 * slots)]
+        if what == "mixed strides":
+            depth[1] = tensor(2 * H).narrow(1, 0, H)
+        _, after = unfolded(attend(slots), [q, k, v, *depth])
+    assert len(own(after)) == 1
+    assert launches(after) == []
+
+
+def test_a_layer_that_adds_to_an_accumulator_stays_an_operator() -> None:
+    def call(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, accumulator: Tensor) -> Any:
+        out, lse = OPS.depth_attention(q, k, v, [k], [v], True, 0.125)
+        return OPS.depth_attention_backward(
+            grad, q, k, v, [k], [v], out, lse, accumulator, True, 0.125
+        )
+
+    with FakeTensorMode():
+        zeros = torch.zeros(1, 2, B, H, T, D, device="cuda")
+        _, after = unfolded(call, [*(tensor() for _ in range(4)), zeros])
+    assert [n.target for n in own(after)] == [OPS.depth_attention_backward.default]
+
+
+def test_the_first_layer_s_backward() -> None:
+    def call(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        out, lse = OPS.depth_attention(q, k, v, [], [], True, 0.125)
+        return OPS.depth_attention_backward(grad, q, k, v, [], [], out, lse, None, True, 0.125)
+
+    with FakeTensorMode():
+        _, after = unfolded(call, [tensor() for _ in range(4)])
+    assert own(after) == []
+    backward = ATEN._scaled_dot_product_cudnn_attention_backward.default
+    assert len(after.find_nodes(op="call_function", target=backward)) == 1
