@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
@@ -30,8 +31,10 @@ def copy_bandwidth() -> float:
 
 def each(measure: Callable[..., Any], work: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
     """measure(*arguments) for each of `work`, in its order; with several jobs in processes of their
-    own, of which one at a time holds `turn`.
+    own, of which one at a time holds `turn`. With a job for each, none does before all have come to
+    it: a step that waits for the host is not timed while others compile.
     """
+    work = list(work)
     if jobs == 1:
         yield from (measure(*arguments) for arguments in work)
         return
@@ -42,13 +45,44 @@ def each(measure: Callable[..., Any], work: Iterable[tuple[Any, ...]], jobs: int
         jobs,
         spawn,
         initializer=_take_turns,
-        initargs=(spawn.Lock(),),
+        initargs=(spawn.Lock(), spawn.Value("i", len(work) if jobs >= len(work) else 0)),
         max_tasks_per_child=1,  # what a row leaves in GPU memory goes with its process
     ) as pool:
-        yield from (x.result() for x in [pool.submit(measure, *own) for own in work])
+        yield from (x.result() for x in [pool.submit(_counted, measure, own) for own in work])
 
 
-def _take_turns(lock: AbstractContextManager[Any]) -> None:
+class _Turn:
+    """A lock that is not given before `waited_for` processes have asked for it, or ended."""
+
+    def __init__(self, lock: Any, waited_for: Any) -> None:
+        self.lock, self.waited_for, self.counted = lock, waited_for, False
+
+    def count(self) -> None:
+        """This process is no longer waited for."""
+        if not self.counted:
+            self.counted = True
+            with self.waited_for.get_lock():
+                self.waited_for.value -= 1
+
+    def __enter__(self) -> None:
+        self.count()
+        while self.waited_for.value > 0:
+            time.sleep(0.1)
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def _take_turns(lock: Any, waited_for: Any) -> None:
     """Have this process time nothing but with the lock."""
     global turn
-    turn = lock
+    turn = _Turn(lock, waited_for)
+
+
+def _counted(measure: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return measure(*arguments)
+    finally:
+        assert isinstance(turn, _Turn)
+        turn.count()  # also of one that failed before its turn
