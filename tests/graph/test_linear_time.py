@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -39,12 +39,11 @@ def lines_run(function: Callable[[], Any]) -> Counter[str]:
 
     What torch does inside one call of ours is not counted.
     """
-    counted: Counter[str] = Counter()
+    lines: Counter[CodeType] = Counter()
 
     def count(frame: FrameType, event: str, _arg: Any) -> Any:
         if event == "line":
-            code = frame.f_code
-            counted[f"{Path(code.co_filename).name}:{code.co_name}"] += 1
+            lines[frame.f_code] += 1
         return count
 
     def enter(frame: FrameType, _event: str, _arg: Any) -> Any:
@@ -56,6 +55,9 @@ def lines_run(function: Callable[[], Any]) -> Counter[str]:
         function()
     finally:
         sys.settrace(before)
+    counted: Counter[str] = Counter()
+    for code, number in lines.items():
+        counted[f"{Path(code.co_filename).name}:{code.co_name}"] += number
     return counted
 
 
@@ -66,10 +68,11 @@ def growth(small: Counter[str], large: Counter[str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ffn_kv", "layers"), [("none", 50), ("shared", 25)])
+@pytest.mark.parametrize(("ffn_kv", "layers"), [("none", 25), ("shared", 12)])
 def test_twice_the_layers_twice_the_work(ffn_kv: Any, layers: int) -> None:
-    """2.2: a layer more is as much work again; the rest is what each of O(layers^2) arguments of
-    the rewritten graph costs, a line or two.
+    """2.1: a layer more is as much work again; the rest is what each of O(layers^2) arguments of
+    the rewritten graph costs, a line or two. (Work that is quadratic shows here as it would from
+    50 to 100 layers with a bound of 2.2.)
     """
     counts = []
     config = MoDAConfig(ffn_kv=ffn_kv)
@@ -79,7 +82,7 @@ def test_twice_the_layers_twice_the_work(ffn_kv: Any, layers: int) -> None:
         counts.append(lines_run(run))
         assert sum(counts[-1].values()) > 100 * count  # else nothing was counted
     small, large = (sum(c.values()) for c in counts)
-    assert large / small <= 2.2, growth(*counts)
+    assert large / small <= 2.1, growth(*counts)
 
 
 # --- the parts, on graphs made by hand ----------------------------------------------------------
