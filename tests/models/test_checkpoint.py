@@ -247,13 +247,16 @@ UNIT = BATCH * LENGTH * WIDTH * 4  # bytes of one layer's K, or of one hidden st
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The generated kernels do nothing: what is saved is the wrapper code's doing."""
+    """The generated kernels do nothing: what is saved is the wrapper code's doing.
+
+    So they are generated without vectors, which is quicker and changes nothing beside them.
+    """
 
     def nothing(*_args: Any, **_kwargs: Any) -> Callable[..., None]:
         return lambda *_: None
 
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", nothing)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with torch._inductor.config.patch({"force_disable_caches": True, "cpp.simdlen": 1}):
         yield
 
 
@@ -322,12 +325,12 @@ def count(
 @pytest.mark.parametrize("way", ["not reentrant", "selective"])
 def test_linear_in_depth(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer more costs what it costs without MoDA and its K and V, at most."""
-    depths = (4, 6, 8)
+    depths = (3, 4, 5)
     plain = {n: count(monkeypatch, way, n, None) for n in depths[:2]}
     moda = {n: count(monkeypatch, way, n, "none") for n in depths}
     steps = list(zip(depths, depths[1:], strict=False))
     rates = [(moda[b].saved - moda[a].saved) / (b - a) for a, b in steps]
-    base = (plain[6].saved - plain[4].saved) / 2
+    base = plain[4].saved - plain[3].saved
     print(
         f"{way}: saved a layer, in units of its K: {base / UNIT:.2f} plain, "
         f"{[round(r / UNIT, 2) for r in rates]} with MoDA; counted {moda}"
