@@ -27,6 +27,7 @@ def run_example(name: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_train_shakespeare(tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "new" / "demo.png"
@@ -42,6 +43,7 @@ def test_train_shakespeare(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_convert_pretrained():
     pytest.importorskip("transformers")
     out = run_example("convert_pretrained.py", "--quick", "--device", "cpu")
@@ -58,6 +60,7 @@ def test_convert_pretrained():
     assert losses[0][1] != losses[1][1]
 
 
+@pytest.mark.slow
 def test_generate():
     pytest.importorskip("transformers")
     out = run_example("generate.py", "--quick", "--device", "cpu", "--prompt", "To be")
@@ -77,6 +80,7 @@ def test_kv_cache():
     assert "behind 4 steps of warm-up: 0 graphs compiled" in out
 
 
+@pytest.mark.slow
 def test_custom_pattern():
     pytest.importorskip("hypothesis")  # the extra `testing`
     out = run_example("custom_pattern.py", "--layers", "3", "--backend", "aot_eager")
