@@ -243,3 +243,27 @@ def test_the_first_layer_s_backward() -> None:
     assert own(after) == []
     backward = ATEN._scaled_dot_product_cudnn_attention_backward.default
     assert len(after.find_nodes(op="call_function", target=backward)) == 1
+
+
+def test_a_sum_made_token_major_is_the_same_sum() -> None:
+    """What the pass does to a graph of sums, run on a CPU."""
+    torch.manual_seed(0)
+    rows = [torch.randn(B, T, H, D).transpose(1, 2) for _ in range(6)]
+    numbers = [torch.randn(B, H, T) for _ in range(2)]
+
+    def call(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, *two: Tensor):  # type: ignore[no-untyped-def]
+        made = OPS.depth_gather(
+            [grad], [q], [two[0]], [two[1]], [k, k], [v, v], [1, 1], 0.125, q.dtype, []
+        )
+        return made[0, 0] + dk, dv + made[1, 1], made[0, 1]
+
+    gm = make_fx(call, tracing_mode="fake")(*rows, *numbers)
+    (node,) = own(gm.graph)
+    unfold._keep_sums(gm.graph, node)
+    gm.graph.lint()
+    gm.recompile()
+    kept = [x.target is ATEN.as_strided.default for x in gm.graph.output_node().args[0]]
+    assert kept == [True, True, False]
+    for x, y in zip(gm(*rows, *numbers), call(*rows, *numbers), strict=True):
+        assert torch.equal(x, y)
+        assert x.stride() == y.stride()

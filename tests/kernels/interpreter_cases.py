@@ -180,6 +180,9 @@ def cases() -> Iterator[dict[str, Any]]:
         yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), layout=layout, d=24)
     yield gathered | dict(dtype="fp32", acc="fp32", readers=(2, 1), d=1, t=1)
     yield gathered | dict(dtype="fp16", acc="fp16", readers=(2, 2), d=256, g=3)
+    for g, starts, acc in ((1, (0, 1), "bf16"), (2, (1, 2), "fp32"), (3, (0, 1, 2, 3), "bf16")):
+        yield gathered | dict(dtype="bf16", acc=acc, g=g, readers=(3, 2), starts=starts, mixed=True)
+    yield gathered | dict(dtype="fp16", acc="fp16", s=3, readers=(3, 2, 1), starts=(0, 5))
     # The kernels write the slots' addresses themselves; of 9 slots in two groups of rows.
     named = dict(named=True, dtype="bf16", acc="bf16")
     for g, readers, t in ((1, (10, 9), 3), (2, (1, 1), 5), (4, (3, 2), 3)):
@@ -332,9 +335,13 @@ def gather_errors(case: dict[str, Any]) -> dict[str, Any]:
         out, lse = split.forward(*own, **options)
         made.append(split.query_backward(grad, *own, out, lse, **options))
         saved.append((grad, q, lse, made[-1][4]))
+    # What a key's or a value's gradient is added to: of some slots one of them, of others both.
+    starts: list[Tensor | None] = [None] * (2 * s)
+    for place in case.get("starts", ()):
+        starts[place] = strided((b, hk, t, d), next(layouts), DTYPES[case["acc"]], draw)
     gradients = split.gather(
         *map(list, zip(*saved, strict=True)), depth_k, depth_v, count,
-        scale=scale, dtype=DTYPES[case["acc"]],
+        scale=scale, dtype=DTYPES[case["acc"]], starts=starts if case.get("starts") else (),
     )  # fmt: skip
 
     def reference(compute: torch.dtype) -> list[Tensor]:
@@ -347,6 +354,9 @@ def gather_errors(case: dict[str, Any]) -> dict[str, Any]:
             grads = torch.autograd.grad(exact, leaves, grad.to(compute))
             total[:, :seen] += torch.stack(grads[3:])
             first = first or list(grads[:3])
+        for place, start in enumerate(starts):
+            if start is not None:
+                total[place % 2, place // 2] += start
         return [*first, *total]
 
     got = [*made[0][:3], gradients[:, 0], gradients[:, 1]]
