@@ -7,8 +7,9 @@ many keys is `decode`'s alone; where the platform has no attention that serves, 
 `fused_backward` do it all.
 
 `forward` and `backward` take the slots as separate tensors, and are to be called from an opaque
-operator. The stacked forms take one tensor a side and can be traced (`torch.library.triton_op`).
-`merge` is the depth part alone, for a sequence part that the graph itself computes.
+operator, or traced where :func:`traceable` says so. The stacked forms take one tensor a side and
+can be traced (`torch.library.triton_op`). `merge` is the depth part alone, for a sequence part that
+the graph itself computes.
 """
 
 from __future__ import annotations

@@ -128,9 +128,10 @@ def fake_lse(q: Tensor) -> Tensor:
 
 
 # --- slots as S separate tensors ----------------------------------------------------------------
-# Opaque to Inductor on purpose: on a GPU the kernel finds its slots through a device table of
-# addresses. An address is not a data dependence that Inductor can see, so only the opaque call,
-# which names every slot as an argument, keeps them alive until the kernel is queued.
+# Opaque on purpose: on a GPU the kernel finds its slots through a device table of addresses. An
+# address is not a data dependence that a compiler can see, so only the call, which names every slot
+# as an argument, keeps them alive until the kernel is queued. Where the kernel itself can be given
+# every slot, `passes.unfold` puts it in the call's place.
 
 
 @registration.operator("depth_attention")

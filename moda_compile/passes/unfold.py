@@ -242,18 +242,21 @@ def _keep_sums(graph: Graph, node: Node) -> None:
     Left alone, Inductor makes them head-major, or anew for each of their readers, and copies them
     for the product that reads them. `as_strided` is what it makes a tensor for.
     """
-    for row in node.users:
-        for total in [x for side in row.users for x in side.users if x.target is _aten.add.Tensor]:
-            value = _value(total)
-            if total.kwargs or not value.transpose(1, 2).is_contiguous():
-                continue
-            with graph.inserting_before(total):
-                parts = [_call(graph, _aten.permute.default, x, [0, 2, 1, 3]) for x in total.args]
-                made = _call(graph, _aten.add.Tensor, *parts)
-                form = list(value.shape), list(value.stride()), 0
-                kept = _call(graph, _aten.as_strided.default, made, *form)
-            total.replace_all_uses_with(kept)
-            graph.erase_node(total)
+    sides = [side for row in node.users for side in row.users]
+    for total in dict.fromkeys(x for side in sides for x in side.users):
+        if total.target is not _aten.add.Tensor or total.kwargs:
+            continue
+        value, parts = _value(total), total.all_input_nodes
+        alike = len(parts) == 2 and all(_value(x).shape == value.shape for x in parts)
+        if not alike or not value.transpose(1, 2).is_contiguous():
+            continue
+        with graph.inserting_before(total):
+            turned = [_call(graph, _aten.permute.default, x, [0, 2, 1, 3]) for x in parts]
+            made = _call(graph, _aten.add.Tensor, *turned)
+            form = list(value.shape), list(value.stride()), 0
+            kept = _call(graph, _aten.as_strided.default, made, *form)
+        total.replace_all_uses_with(kept)
+        graph.erase_node(total)
 
 
 def _call(graph: Graph, target: Any, *args: Any) -> Node:
