@@ -130,8 +130,10 @@ def forward_tile(
         head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
         capability: (major, minor) compute capability; (0, 0) if unknown.
     """
-    if _cost(head_dim, group, dtype) <= 64 * 16:
+    if _cost(head_dim, group, dtype) <= _SMALL:
         return Tile(tokens=4, slots=16, warps=4, stages=_stages(capability))
+    if _two_warps(head_dim, group, dtype):
+        return Tile(tokens=2, slots=16, warps=2, stages=1 if head_dim > 64 else _stages(capability))
     return _one_token(head_dim, group, dtype)
 
 
@@ -139,9 +141,26 @@ def backward_tile(
     *, head_dim: int, group: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Tile:
     """Tile of the backward kernel; arguments as for `forward_tile`."""
-    if _cost(head_dim, group, dtype) <= 64 * 16:
-        return Tile(tokens=4, slots=16, warps=4, stages=1)
+    cost = _cost(head_dim, group, dtype)
+    if cost <= _SMALL:
+        return Tile(tokens=2, slots=16, warps=2, stages=1)
+    if _two_warps(head_dim, group, dtype):
+        tokens = 2 if cost <= 2 * _SMALL else 1
+        return Tile(tokens=tokens, slots=16, warps=2, stages=_stages(capability))
     return _one_token(head_dim, group, dtype)
+
+
+_SMALL = 64 * 16
+
+
+def _two_warps(head_dim: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether a program has two warps, with a token each or one that they share.
+
+    Measured on an H100 (benchmarks/results/tiles_h100.txt) at head dims of 64 and 128 and groups of
+    8 and 32: 1.4 to 1.6 times as fast as a token that four warps share, although a few registers
+    are spilled backward. What has larger tiles, or is float32, spills many.
+    """
+    return dtype != torch.float32 and padded(head_dim) <= 128 and padded(group) <= 32
 
 
 def _cost(head_dim: int, group: int, dtype: torch.dtype) -> int:
