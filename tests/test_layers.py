@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("patterns", "kernels"),
     ("report", "stacked", "markers", "cost", "gathered"),
     ("ops", "varlen"),
-    ("config", "fx", "registration"),
+    ("config", "effects", "fx", "registration"),
     ("errors",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
