@@ -21,7 +21,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moda_compile import gathered, registration  # noqa: F401  (gathered registers operators)
+from moda_compile import effects, gathered, registration  # noqa: F401  (gathered: operators)
 
 _own = torch.ops.moda_compile
 _aten = torch.ops.aten
@@ -38,6 +38,13 @@ _VIEWS = (
     _aten.select.int,
     _aten.slice.Tensor,
 )
+_MADE = (  # tensors, not expressions
+    operator.getitem,
+    _aten.as_strided.default,
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+)
 _ALLOCATIONS = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_strided.default)
 
 
@@ -53,6 +60,8 @@ def run(graph: Graph) -> None:
                 _keep_sums(graph, node)
             changed |= _replace(graph, node)
     if changed:
+        _keep_operands(graph)
+        effects.remember()
         graph.lint()
 
 
@@ -257,6 +266,33 @@ def _keep_sums(graph: Graph, node: Node) -> None:
             kept = _call(graph, _aten.as_strided.default, made, *form)
         total.replace_all_uses_with(kept)
         graph.erase_node(total)
+
+
+def _keep_operands(graph: Graph) -> None:
+    """Have what launches read be made once.
+
+    Inductor may compute anew, for each of its readers, what is not a buffer yet: a gradient that
+    was padded on its way would be written for each of the gathers that read it. See `_keep_sums`.
+    """
+    for launch in graph.find_nodes(op="call_function", target=_FUNCTIONAL):
+        written = launch.kwargs["tensors_to_clone"]
+        given = launch.kwargs["kwargs"]
+        for name, x in given.items():
+            if isinstance(x, Node) and name not in written:
+                _keep(graph, _chain(x)[-1])
+
+
+def _keep(graph: Graph, node: Node) -> None:
+    """Have the node's users read one tensor, if it is none yet."""
+    if node.op != "call_function" or node.target in _MADE:
+        return
+    value = _value(node)
+    if value.storage_offset() or not value.is_contiguous():
+        return
+    with graph.inserting_after(node):
+        form = list(value.shape), list(value.stride()), 0
+        kept = _call(graph, _aten.as_strided.default, node, *form)
+    node.replace_all_uses_with(kept, lambda user: user is not kept)
 
 
 def _call(graph: Graph, target: Any, *args: Any) -> Node:

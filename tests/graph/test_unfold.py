@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton")
 
-from moda_compile import gathered, kernels, ops  # noqa: E402, F401  (register the operators)
+from moda_compile import effects, gathered, kernels, ops  # noqa: E402, F401  (the operators)
 from moda_compile.kernels import launch, slot_table  # noqa: E402
 from moda_compile.passes import unfold  # noqa: E402
 
@@ -180,6 +181,49 @@ def test_kernels_get_tensors_for_views_that_begin_where_they_do() -> None:
     assert (launched["query"], launched["key"], key) == (query, base, base)
     assert value.target is ATEN.slice.Tensor
     assert value.meta["val"].storage_offset() == H * D
+
+
+def test_what_a_kernel_writes_to_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch, which asks for each launch, and for each of those twice."""
+    with FakeTensorMode():
+        graphs = [unfolded(attend(n), [tensor() for _ in range(3 + 2 * n)])[1] for n in (2, 3)]
+    asked = []
+    remembered = effects._Remembered(lambda kernel, kwargs, metadata: asked.append(kwargs))
+    for graph in graphs:
+        (node,) = graph.find_nodes(op="call_function", target=LAUNCH)
+        kernel = triton_kernel_wrap.kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        constants = node.kwargs["constant_args_idx"]
+        given = {
+            **triton_kernel_wrap.kernel_side_table.get_constant_args(constants),
+            **torch.fx.node.map_arg(node.kwargs["kwargs"], lambda x: x.meta["val"]),
+        }
+        for _ in range(2):
+            remembered(kernel, given, {})
+    assert [x["slots"] for x in asked] == [2]
+
+
+def test_what_several_launches_read_is_made_once() -> None:
+    """A gradient that is padded on its way, say: to Inductor that is an expression."""
+
+    def call(flat: Tensor, *rest: Tensor) -> Any:
+        padded = torch.nn.functional.pad(flat.view(B, T, H, D - 8), (0, 8))
+        return whole_layer(padded.transpose(1, 2), *rest)
+
+    with FakeTensorMode():
+        flat = torch.empty(B * T, H * (D - 8), device="cuda", dtype=torch.bfloat16)
+        _, after = unfolded(call, [flat, *(tensor() for _ in range(7))])
+    _, backward, gathering = launches(after)
+    (_, grad) = named(gathering, "n")
+    assert grad is backward["grad_out"]
+    assert grad.target is ATEN.as_strided.default
+    (padded,) = grad.all_input_nodes
+    assert list(padded.users) == [grad]
+    x, y = grad.meta["val"], padded.meta["val"]
+    assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+    (platform,) = after.find_nodes(
+        op="call_function", target=ATEN._scaled_dot_product_cudnn_attention_backward.default
+    )
+    assert unfold._chain(platform.args[0])[-1] is grad
 
 
 def symbolic() -> Any:
