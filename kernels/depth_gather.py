@@ -218,6 +218,7 @@ def depth_gather_kernel(
 
     # What is made here, and what it starts from, lies alike.
     strides = (gradient_stride_batch, gradient_stride_head, gradient_stride_token)
+    slot_stride = tl.cast(gradient_stride_slot, tl.int64)  # its multiples may need that
     k, v, dk, dv = (), (), (), ()
     for place in tl.static_range(SLOTS):
         cells = row_cells(keys[place], batch, kv_head, token, dim, key_strides[place], ALIGN)
@@ -225,7 +226,7 @@ def depth_gather_kernel(
         cells = row_cells(values[place], batch, kv_head, token, dim, value_strides[place], ALIGN)
         v += (tl.load(cells, mask=live, other=0.0),)
         if partials is not None:
-            own = partials + place * gradient_stride_slot
+            own = partials + place * slot_stride
             cells = row_cells(own, batch, kv_head, token, dim, strides, SUM_ALIGN)
             dk += (tl.load(cells, mask=live, other=0.0),)
             own += gradient_stride_side
@@ -296,11 +297,11 @@ def depth_gather_kernel(
                     starts[place][side], batch, kv_head, token, dim, strides, GRAD_ALIGN
                 )
                 grad += tl.load(cells, mask=live, other=0.0).to(tl.float32)
-            row = gradients + place * gradient_stride_slot + side * gradient_stride_side
+            row = gradients + place * slot_stride + side * gradient_stride_side
             cells = row_cells(row, batch, kv_head, token, dim, strides, GRAD_ALIGN)
             tl.store(cells, grad.to(gradients.dtype.element_ty), mask=live)
     for place in tl.static_range(UNFINISHED):
-        own = sums + place * gradient_stride_slot
+        own = sums + place * slot_stride
         cells = row_cells(own, batch, kv_head, token, dim, strides, SUM_ALIGN)
         tl.store(cells, dk[SLOTS - UNFINISHED + place], mask=live)
         own += gradient_stride_side

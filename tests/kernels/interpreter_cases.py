@@ -187,7 +187,7 @@ def cases() -> Iterator[dict[str, Any]]:
     part = dict(s=4, readers=(4, 3, 2, 1), begun=2, starts=(1, 4))
     own = ((1, "fp32", 76), (1, "bf16", 64), (2, "fp16", 96), (3, "bf16", 24), (4, "fp32", 5))
     for g, dtype, d in (*own, (4, "fp16", 80)):
-        yield gathered | part | dict(g=g, dtype=dtype, acc=dtype, d=d, mixed=g == 3)
+        yield gathered | part | dict(g=g, dtype=dtype, acc=dtype, d=d, mixed=g == 3, hk=1)
     part = dict(dtype="fp16", acc="fp32", begun=1, hk=3)
     yield gathered | part | dict(s=2, readers=(3, 1), d=5, b=2)
     yield gathered | part | dict(s=3, readers=(3, 2, 2), d=128, begun=2)
