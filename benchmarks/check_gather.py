@@ -3,8 +3,9 @@
     PYTHONPATH=. python benchmarks/check_gather.py [--only text]
 
 Several layers read the same slots. dq, dk, dv of each without the slots' gradients, and these
-gathered from all layers, against float64; then models through Inductor, gathered against
-accumulated. Each row: error / allowed, as in check_gpu.py.
+gathered from all layers, at once or begun with the first of them, against float64; then models
+through Inductor, gathered against accumulated, also with slots begun ahead. Each row: error /
+allowed, as in check_gpu.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ LAYOUTS = ("token_major", "slice", "head_major", "odd_offset", "dim_major")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """readers: for each slot, how many of the layers read it. made: dtype of its gradient."""
+    """readers: for each slot, how many of the layers read it. made: dtype of its gradient.
+
+    begun: so many slots, the first ones, get their gradients in two calls.
+    """
 
     dtype: torch.dtype = BF16
     made: torch.dtype = BF16
@@ -46,11 +50,13 @@ class Case:
     g: int = 1
     d: int = 64
     layout: str = "token_major"
+    begun: int = 0
 
     def __str__(self) -> str:
         kinds = "/".join(str(x).removeprefix("torch.") for x in (self.dtype, self.made))
         shape = f"B{self.b} T{self.t} Hk{self.hk} G{self.g} d{self.d} readers {self.readers}"
-        return f"{kinds} {shape} {self.layout}"
+        begun = f" begun {self.begun}" if self.begun else ""
+        return f"{kinds} {shape}{begun} {self.layout}"
 
 
 def cases() -> Iterator[Case]:
@@ -66,6 +72,14 @@ def cases() -> Iterator[Case]:
         yield replace(base, layout=layout, d=76, dtype=FP16, made=FP32)
     for t, b in ((1, 1), (1, 64), (2, 3), (2048, 1)):
         yield replace(base, t=t, b=b)
+    ahead = replace(base, readers=(8, 7, 6, 5), begun=2)
+    for g, d in itertools.product((1, 2, 3, 4), (16, 64, 76, 80, 128, 256)):
+        yield replace(ahead, g=g, d=d)
+    for dtype, made in ((FP16, FP16), (BF16, FP32), (FP32, FP32)):
+        yield replace(ahead, dtype=dtype, made=made, layout="mixed", g=2)
+    for counts, begun in (((3, 2), 1), ((19, 18, 17), 2), ((17, 17, 16, 16), 2)):
+        yield replace(ahead, readers=counts, begun=begun)
+    yield replace(ahead, g=8)
     yield replace(base, g=8)  # by PyTorch
     yield replace(base, d=320)
 
@@ -89,9 +103,9 @@ def check(case: Case) -> str:
         out, lse = split.forward(*own, **options)
         made.append(split.query_backward(grad, *own, out, lse, **options))
         saved.append((grad, q, lse, made[-1][4]))
-    arguments = (*map(list, zip(*saved, strict=True)), keys, values, case.readers)
-    gradients = split.gather(*arguments, scale=scale, dtype=case.made)
-    again = split.gather(*arguments, scale=scale, dtype=case.made)
+    per_reader = [*map(list, zip(*saved, strict=True))]
+    gradients = gathered(case, per_reader, keys, values, scale)
+    again = gathered(case, per_reader, keys, values, scale)
     if not torch.equal(gradients, again):
         raise AssertionError("two runs differ")
 
@@ -121,8 +135,33 @@ def check(case: Case) -> str:
     return " ".join(row)
 
 
-def check_model(ffn_kv: Any, groups: int, head_dim: int, dtype: torch.dtype) -> str:
-    """Gradients of a model gathered and accumulated, and what each takes of memory."""
+def gathered(
+    case: Case, readers: list[Any], keys: list[Tensor], values: list[Tensor], scale: float
+) -> Tensor:
+    """All slots' gradients: in one call, or in a second the slots that were begun in the first."""
+    options: dict[str, Any] = dict(scale=scale, dtype=case.made)
+    count, begun = case.readers, case.begun
+    if not begun:
+        whole: tuple[Any, ...] = (*readers, keys, values, count)
+        return split.gather(*whole, **options)[0]
+    ran = count[begun]
+    turned = [side[begun:] + side[:begun] for side in (keys, values)]
+    counts = [*count[begun:], *[ran] * begun]
+    early: tuple[Any, ...] = (*(x[:ran] for x in readers), *turned, counts)
+    made, sums = split.gather(*early, unfinished=begun, **options)
+    missing = [x - ran for x in count[:begun]]
+    late: tuple[Any, ...] = (*(x[ran:] for x in readers), keys[:begun], values[:begun], missing)
+    gone_on, _ = split.gather(*late, partials=sums, **options)
+    return torch.cat([gone_on, made])
+
+
+def check_model(
+    ffn_kv: Any, groups: int, head_dim: int, dtype: torch.dtype, ahead: bool = False
+) -> str:
+    """Gradients of a model gathered and accumulated, and what each takes of memory.
+
+    ahead: as a deeper stack, every other gather begins the next one's slots.
+    """
     config = StackConfig(
         layers=7, kv_heads=4, groups=groups, head_dim=head_dim, norm="rms", rotary="half",
         ffn="swiglu", batch=2, length=515,
@@ -139,6 +178,7 @@ def check_model(ffn_kv: Any, groups: int, head_dim: int, dtype: torch.dtype) -> 
         with (
             torch._inductor.config.patch(force_disable_caches=True),  # nothing from the other way
             mock.patch.object(kernels, "gathers", chosen),
+            mock.patch.object(kernels, "gathers_ahead", lambda **_: ahead),
             mock.patch.object(split, "gather", side_effect=split.gather) as gather,
         ):
             for _ in range(2):
@@ -172,7 +212,9 @@ def main() -> None:
     ):
         kind = str(dtype).removeprefix("torch.")
         name = f"model {ffn_kv} {kind} G{groups} d{head_dim}"
-        checks.append((name, partial(check_model, ffn_kv, groups, head_dim, dtype)))
+        own = (ffn_kv, groups, head_dim, dtype)
+        checks.append((name, partial(check_model, *own)))
+        checks.append((f"{name} ahead", partial(check_model, *own, ahead=True)))
     results = [guarded(name, run) for name, run in checks if only in name]
     print(f"{results.count(True)} of {len(results)} checks passed")
     sys.exit(results.count(False) > 0)

@@ -3,8 +3,9 @@
     python benchmarks/depth_kernels.py [--shape B T HK G D S]... [--seconds 140]
 
 For each shape forward; backward adding to float32 and to bfloat16 accumulators; backward without
-the slots' gradients, and these gathered, for two slots read by S layers: with and without tensor
-cores, and with several tiles, best first. Times are of CUDA graphs; slots are bf16
+the slots' gradients, and these gathered, for two slots read by S layers, with two more begun, and
+for two begun slots with 2 layers missing: with and without tensor cores, and with several tiles,
+best first. Times are of CUDA graphs; slots are bf16
 tensors [B, T, Hk, d] behind a table built beforehand. "floor" is what the bytes that must move cost
 at the bandwidth of a device copy. Every configuration's result is compared with plain PyTorch's
 first; one that fails is named and left out. The arrow marks what `kernels.configs` chooses.
@@ -71,13 +72,17 @@ class Shape:
         # q, out, grad_out, the sequence part's dq, and dq
         return slots * (BYTES + gradient_bytes) + 5 * query + lse
 
-    def gather_bytes(self) -> int:
-        """Bytes that gathering must move: q and grad_out, lse and delta of S readers; K, V and
-        their gradients of two slots.
+    def gather_bytes(self, readers: int, *, begun: int = 0, going_on: bool = False) -> int:
+        """Bytes that gathering must move: q and grad_out, lse and delta of the readers; K, V and
+        the gradients of two slots.
+
+        begun: slots more whose K and V are read and whose float32 sums are written. going_on: the
+        two slots' sums are read.
         """
         rows = self.batch * self.tokens * self.kv_heads
         reader = 2 * rows * self.group * (self.head_dim * BYTES + 4)
-        return self.slots * reader + 2 * 4 * rows * self.head_dim * BYTES
+        slots = 2 * 2 * BYTES + begun * (BYTES + 4) + 2 * 4 * going_on
+        return readers * reader + 2 * rows * self.head_dim * slots
 
 
 SHAPES = (
@@ -100,7 +105,7 @@ def configurations(shape: Shape, title: str) -> Iterator[Configuration]:
     what is chosen. Of the gathering kernel the slots are readers.
     """
     yield "vector", None
-    if title == "gather":
+    if title.startswith("gather"):
         found = [(4, 1, 4, 2), (4, 2, 4, 2), (8, 1, 4, 2), (8, 2, 4, 2), (2, 2, 4, 2), (4, 4, 4, 2)]
         yield from _tiles(shape, found)
         return
@@ -240,35 +245,48 @@ def time_shape(shape: Shape, bandwidth: float, deadline: float, only: str) -> No
         call = partial(depth_backward.run, *saved, table, None, None, **options)
         verify = partial(verify_query, dq, (grad.float() * out.float()).sum(-1))
         time_kernel(title, shape, shape.bytes(0) / bandwidth, call, verify, deadline)
-    if only in "gather":
-        time_gather(shape, bandwidth, depth_k[:2], depth_v[:2], deadline)
+    for begun, going_on in ((0, False), (2, False), (0, True)):
+        title = f"gather, {begun} begun" if begun else "gather, going on" if going_on else "gather"
+        if only in title:
+            time_gather(title, shape, bandwidth, begun, going_on, deadline)
 
 
 def time_gather(
-    shape: Shape,
-    bandwidth: float,
-    keys: list[Tensor],
-    values: list[Tensor],
-    deadline: float,
+    title: str, shape: Shape, bandwidth: float, begun: int, going_on: bool, deadline: float
 ) -> None:
-    """Print the table of two slots' gradients, read by S layers and by S - 1."""
-    hq = shape.kv_heads * shape.group
-    queries, grads = ([rows(shape, hq) for _ in range(shape.slots)] for _ in range(2))
+    """Print the table of two slots' gradients, read by S layers and by S - 1.
+
+    begun: sums of so many slots more, over S layers. going_on: the two slots have been begun, and
+    are read by 2 layers and by 1 yet.
+    """
+    hq, readers = shape.kv_heads * shape.group, 2 if going_on else shape.slots
+    slots = 2 + begun
+    keys, values = ([rows(shape, shape.kv_heads) for _ in range(slots)] for _ in range(2))
+    queries, grads = ([rows(shape, hq) for _ in range(readers)] for _ in range(2))
     size = (shape.batch, hq, shape.tokens)
     lses = [torch.randn(size, device="cuda") + 4 for _ in queries]
     deltas = [torch.randn(size, device="cuda") for _ in queries]
-    arguments = (grads, queries, lses, deltas, keys, values, (shape.slots, shape.slots - 1))
+    counts = (readers, readers - 1, *[readers] * begun)
+    partials = None
+    if going_on:
+        block = (2, 2, shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
+        partials = torch.randn(block, device="cuda").transpose(3, 4)
+    arguments = (grads, queries, lses, deltas, keys, values, counts)
     options: dict[str, Any] = dict(scale=shape.head_dim**-0.5, dtype=DTYPE)
-    expected = joint.gather(*arguments, **options)
+    options |= dict(partials=partials, unfinished=begun)
+    expected, expected_sums = joint.gather(*arguments, **options)
 
-    def call(*, products: str, tile: configs.Tile | None) -> Tensor:
+    def call(*, products: str, tile: configs.Tile | None) -> tuple[Tensor, Tensor]:
         return depth_gather.run(*arguments, **options, tile=tile)
 
-    def verify(run: Callable[[], Tensor]) -> None:
-        check(run(), expected, ROUNDING)
+    def verify(run: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        made, sums = run()
+        check(made, expected, ROUNDING)
+        if begun:
+            check(sums, expected_sums, 1e-5)
 
-    floor = shape.gather_bytes() / bandwidth
-    time_kernel("gather", shape, floor, call, verify, deadline)
+    floor = shape.gather_bytes(readers, begun=begun, going_on=going_on) / bandwidth
+    time_kernel(title, shape, floor, call, verify, deadline)
 
 
 def verify_backward(

@@ -69,6 +69,8 @@ def checks() -> Iterator[tuple[str, Callable[[], str]]]:
         gather,
         replace(gather, g=2, d=76, layout="slice"),
         replace(gather, g=4, made=FP32, readers=(3, 1)),
+        replace(gather, readers=(5, 4, 3, 2), begun=2),
+        replace(gather, g=3, d=76, readers=(4, 3, 2), begun=2, layout="mixed"),
         replace(gather, d=70, layout="odd_offset", dtype=FP16, made=FP16),
     ):
         yield f"gather {own}", partial(check_gather.check, own)

@@ -35,6 +35,7 @@ __all__ = [
     "choose",
     "choose_merge",
     "gathers",
+    "gathers_ahead",
     "row_elements",
 ]
 
@@ -50,8 +51,9 @@ MAX_DECODE_QUERIES = 16
 key head) walk the keys anew, and attention kernels for many queries do better."""
 
 GATHERED_SLOTS = 2
-"""Slots whose gradients one launch gathers: when a layer's backward has run, its own slot's are
-complete, and so are those of the slot before it."""
+"""Slots whose gradients one launch completes: when a layer's backward has run, its own slot's are
+complete, and so are those of the slot before it. It may begin as many again; see `gathers_ahead`.
+"""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,27 @@ def gathers(*, device_type: str, dtype: torch.dtype, head_dim: int, group: int) 
     few = group <= _MAX_GATHER_GROUP
     products = configs.products(head_dim=head_dim, group=group, dtype=dtype)
     return served and few and products == "vector"
+
+
+def gathers_ahead(*, dtype: torch.dtype, group: int, readers: int, slots: int) -> bool:
+    """Whether a launch that gathers slots begins the next ones' gradients, too.
+
+    The next launch then starts from these sums and doesn't read q and do of the readers so far once
+    more. For each element of a row, in bytes of elements of `dtype` (size) and of the sums (wide):
+
+        saved: 2 size group readers;  cost: 2 (2 wide + size) slots
+
+    as sums of keys and of values are written and read, and K and V read in both launches. More
+    slots also take more registers, so it must save half as much again as it costs.
+
+    Args:
+        dtype: of q, k, v. group: query heads per key head. readers: that both launches would read.
+        slots: to begin.
+    """
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    saved = 2 * dtype.itemsize * group * readers
+    cost = 2 * (2 * wide + dtype.itemsize) * slots
+    return 2 * saved >= 3 * cost
 
 
 def row_elements(lowering: Lowering, head_dim: int) -> int | None:

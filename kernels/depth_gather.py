@@ -8,9 +8,10 @@ of all readers have run, the same sums can be taken the other way round,
     dk = scale sum_r sum_heads dz_r q_r;  dv = sum_r sum_heads p_r do_r
 
 over the readers r of a slot (k, v), in registers: a program reads q and do of every reader once,
-for several slots together, and writes each gradient once, rounded once. The tiles are those of
-`depth_forward_vector`: small groups only, as larger ones have more q and do to read than there are
-gradients.
+for several slots together, and writes each gradient once, rounded once. The sums of slots that have
+readers left may come along: they are written as they are, in float32 and dk without its scale, and
+the launch that completes them starts from there. The tiles are those of `depth_forward_vector`:
+small groups only, as larger ones have more q and do to read than there are gradients.
 """
 
 # The arguments of Triton functions have no Python types, and their tuples grow.
@@ -25,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moda_compile.kernels import GATHERED_SLOTS, configs, launch, slot_table, tiles
+from moda_compile.gathered import MOST_SLOTS
+from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.tiles import (
     load_slots,
     program_rows,
@@ -84,44 +86,29 @@ def depth_gather_kernel(
     delta,
     rows_table,
     numbers_table,
-    first_key,
-    second_key,
-    first_value,
-    second_value,
+    first_key, second_key, third_key, fourth_key,
+    first_value, second_value, third_value, fourth_value,
     gradients,
-    first_key_start,
-    second_key_start,
-    first_value_start,
-    second_value_start,
-    first_readers,
-    second_readers,
+    sums,
+    partials,
+    first_key_start, second_key_start, third_key_start, fourth_key_start,
+    first_value_start, second_value_start, third_value_start, fourth_value_start,
+    first_readers, second_readers, third_readers, fourth_readers,
     tokens,
     kv_heads,
     scale,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_token,
-    grad_out_stride_batch,
-    grad_out_stride_head,
-    grad_out_stride_token,
-    lse_stride_batch,
-    lse_stride_head,
-    lse_stride_token,
-    delta_stride_batch,
-    delta_stride_head,
-    delta_stride_token,
-    first_key_stride_batch,
-    first_key_stride_head,
-    first_key_stride_token,
-    second_key_stride_batch,
-    second_key_stride_head,
-    second_key_stride_token,
-    first_value_stride_batch,
-    first_value_stride_head,
-    first_value_stride_token,
-    second_value_stride_batch,
-    second_value_stride_head,
-    second_value_stride_token,
+    query_stride_batch, query_stride_head, query_stride_token,
+    grad_out_stride_batch, grad_out_stride_head, grad_out_stride_token,
+    lse_stride_batch, lse_stride_head, lse_stride_token,
+    delta_stride_batch, delta_stride_head, delta_stride_token,
+    first_key_stride_batch, first_key_stride_head, first_key_stride_token,
+    second_key_stride_batch, second_key_stride_head, second_key_stride_token,
+    third_key_stride_batch, third_key_stride_head, third_key_stride_token,
+    fourth_key_stride_batch, fourth_key_stride_head, fourth_key_stride_token,
+    first_value_stride_batch, first_value_stride_head, first_value_stride_token,
+    second_value_stride_batch, second_value_stride_head, second_value_stride_token,
+    third_value_stride_batch, third_value_stride_head, third_value_stride_token,
+    fourth_value_stride_batch, fourth_value_stride_head, fourth_value_stride_token,
     gradient_stride_slot,
     gradient_stride_side,
     gradient_stride_batch,
@@ -132,12 +119,14 @@ def depth_gather_kernel(
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
+    UNFINISHED: tl.constexpr,
     READERS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS_UNIFORM: tl.constexpr,
     NUMBERS_UNIFORM: tl.constexpr,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
+    SUM_ALIGN: tl.constexpr,
     n0=None, n1=None, n2=None, n3=None, n4=None, n5=None, n6=None, n7=None,
     n8=None, n9=None, n10=None, n11=None, n12=None, n13=None, n14=None, n15=None,
     n16=None, n17=None, n18=None, n19=None, n20=None, n21=None, n22=None, n23=None,
@@ -165,16 +154,23 @@ def depth_gather_kernel(
 ):  # fmt: skip
     """Write gradients [slot, (key, value), batch, kv_head, token, head_dim]; see `run`.
 
-    SLOTS: 1 or 2; of one the second's arguments are never read. first_key_start ..: what a gradient
-    is added to, in its strides, or None. first_readers, second_readers: as
+    SLOTS: 1 to 4; the arguments of the others are never read. Of the last UNFINISHED the sums go to
+    `sums`, float32; partials: sums of all SLOTS to start from, or None. Both lie as gradients do.
+    first_key_start ..: what a gradient is added to, in its strides, or None. first_readers ..: as
     `_coded` makes them. rows_table: of each reader's query and grad_out; numbers_table: of its lse
     and delta; query, grad_out, lse, delta only lend their element types. n0, n1, .. and m0, m1, ..:
     what the tables are of, where they have to be written.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
-    keys, values = (first_key, second_key), (first_value, second_value)
-    starts = ((first_key_start, first_value_start), (second_key_start, second_value_start))
-    coded_readers = (first_readers, second_readers)
+    keys = (first_key, second_key, third_key, fourth_key)
+    values = (first_value, second_value, third_value, fourth_value)
+    starts = (
+        (first_key_start, first_value_start),
+        (second_key_start, second_value_start),
+        (third_key_start, third_value_start),
+        (fourth_key_start, fourth_value_start),
+    )
+    coded_readers = (first_readers, second_readers, third_readers, fourth_readers)
     query_strides = (0, query_stride_batch, query_stride_head, query_stride_token)
     grad_out_strides = (0, grad_out_stride_batch, grad_out_stride_head, grad_out_stride_token)
     lse_strides = (0, lse_stride_batch, lse_stride_head, lse_stride_token)
@@ -182,10 +178,14 @@ def depth_gather_kernel(
     key_strides = (
         (first_key_stride_batch, first_key_stride_head, first_key_stride_token),
         (second_key_stride_batch, second_key_stride_head, second_key_stride_token),
+        (third_key_stride_batch, third_key_stride_head, third_key_stride_token),
+        (fourth_key_stride_batch, fourth_key_stride_head, fourth_key_stride_token),
     )
     value_strides = (
         (first_value_stride_batch, first_value_stride_head, first_value_stride_token),
         (second_value_stride_batch, second_value_stride_head, second_value_stride_token),
+        (third_value_stride_batch, third_value_stride_head, third_value_stride_token),
+        (fourth_value_stride_batch, fourth_value_stride_head, fourth_value_stride_token),
     )
     if n0 is not None:
         rows_table = write_table(
@@ -216,14 +216,25 @@ def depth_gather_kernel(
         readers += (coded_readers[place] // 2 - 1,)
         most = tl.maximum(most, readers[place])
 
+    # What is made here, and what it starts from, lies alike.
+    strides = (gradient_stride_batch, gradient_stride_head, gradient_stride_token)
+    slot_stride = tl.cast(gradient_stride_slot, tl.int64)  # its multiples may need that
     k, v, dk, dv = (), (), (), ()
     for place in tl.static_range(SLOTS):
         cells = row_cells(keys[place], batch, kv_head, token, dim, key_strides[place], ALIGN)
         k += (tl.load(cells, mask=live, other=0.0),)
         cells = row_cells(values[place], batch, kv_head, token, dim, value_strides[place], ALIGN)
         v += (tl.load(cells, mask=live, other=0.0),)
-        dk += (tl.zeros([ROWS, PADDED_DIM], tl.float32),)
-        dv += (tl.zeros([ROWS, PADDED_DIM], tl.float32),)
+        if partials is not None:
+            own = partials + place * slot_stride
+            cells = row_cells(own, batch, kv_head, token, dim, strides, SUM_ALIGN)
+            dk += (tl.load(cells, mask=live, other=0.0),)
+            own += gradient_stride_side
+            cells = row_cells(own, batch, kv_head, token, dim, strides, SUM_ALIGN)
+            dv += (tl.load(cells, mask=live, other=0.0),)
+        else:
+            dk += (tl.zeros([ROWS, PADDED_DIM], tl.float32),)
+            dv += (tl.zeros([ROWS, PADDED_DIM], tl.float32),)
 
     # Readers are loaded while those before them are worked on; see the forward kernel.
     q = _load_heads(
@@ -277,9 +288,7 @@ def depth_gather_kernel(
         dk, dv = new_dk, new_dv
         q, do, own_lse, own_delta = coming_q, coming_do, coming_lse, coming_delta
 
-    strides = (gradient_stride_batch, gradient_stride_head, gradient_stride_token)
-    for place in tl.static_range(SLOTS):
-        start = gradients + place * gradient_stride_slot
+    for place in tl.static_range(SLOTS - UNFINISHED):
         whole = (dk[place] * factor, dv[place])
         for side in tl.static_range(2):
             grad = whole[side]
@@ -288,9 +297,16 @@ def depth_gather_kernel(
                     starts[place][side], batch, kv_head, token, dim, strides, GRAD_ALIGN
                 )
                 grad += tl.load(cells, mask=live, other=0.0).to(tl.float32)
-            row = start + side * gradient_stride_side
+            row = gradients + place * slot_stride + side * gradient_stride_side
             cells = row_cells(row, batch, kv_head, token, dim, strides, GRAD_ALIGN)
             tl.store(cells, grad.to(gradients.dtype.element_ty), mask=live)
+    for place in tl.static_range(UNFINISHED):
+        own = sums + place * slot_stride
+        cells = row_cells(own, batch, kv_head, token, dim, strides, SUM_ALIGN)
+        tl.store(cells, dk[SLOTS - UNFINISHED + place], mask=live)
+        own += gradient_stride_side
+        cells = row_cells(own, batch, kv_head, token, dim, strides, SUM_ALIGN)
+        tl.store(cells, dv[SLOTS - UNFINISHED + place], mask=live)
 
 
 def _coded(readers: int) -> int:
@@ -312,72 +328,56 @@ def run(
     scale: float,
     dtype: torch.dtype,
     starts: Sequence[Tensor | None] = (),
+    partials: Tensor | None = None,
+    unfinished: int = 0,
     tile: configs.Tile | None = None,
-) -> Tensor:
-    """The whole gradients of some slots.
+) -> tuple[Tensor, Tensor]:
+    """The whole gradients of some slots, and sums of others that go on in another call.
 
     Args:
         grad_outs, queries: of R >= 1 readers, each [B, Hq, T, d] of one dtype, any strides.
         lses, deltas: of the same, each [B, Hq, T], float32: the joint log-sum-exp (natural log),
             and delta = do . o of the joint output, as `depth_backward.run` returns it.
-        keys, values: of M >= 1 slots, each [B, Hk, T, d], any strides.
+        keys, values: of M slots, 1 to MOST_SLOTS, each [B, Hk, T, d], any strides.
         readers: for each slot, how many of the readers read it: the first ones.
         scale: factor of every score.
-        dtype: of the result.
-        starts: of each slot's key and value in turn, what its gradient is added to [B, Hk, T, d],
-            of the result's dtype, or None; by default nothing for all.
+        dtype: of the gradients.
+        starts: of each finished slot's key and value in turn, what its gradient is added to
+            [B, Hk, T, d], of the gradients' dtype, or None; by default nothing for all.
+        partials: [M, 2, B, Hk, T, d], float32, what the slots' sums start from: another call's
+            sums; by default 0.
+        unfinished: U < M, how many of the slots, the last ones, have readers elsewhere.
         tile: tokens is its rows, slots its readers a step; by default what `configs` says.
 
     Returns:
-        gradients [M, 2, B, Hk, T, d] of the slots' (keys, values), token-major in memory.
+        gradients [M - U, 2, B, Hk, T, d] of the finished slots' (keys, values), and the sums
+        [U, 2, B, Hk, T, d] of the others, float32, the keys' not yet multiplied by the scale; both
+        token-major in memory.
     """
-    b, hk, t, d = keys[0].shape
+    (b, hk, t, d), finished = keys[0].shape, len(keys) - unfinished
     keys, values = [[launch.unit_rows(x) for x in side] for side in (keys, values)]
     rows = slot_table.separate(queries, grad_outs)
     numbers = slot_table.separate(lses, deltas)
-    gradients = keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
-    starts = [x if x is None else launch.token_major(x) for x in starts or (None,) * 2 * len(keys)]
-    for first in range(0, len(keys), GATHERED_SLOTS):
-        pair = slice(first, first + GATHERED_SLOTS)
-        _launch(
-            rows,
-            numbers,
-            keys[pair],
-            values[pair],
-            readers[pair],
-            starts[2 * first : 2 * (first + GATHERED_SLOTS)],
-            gradients if len(keys) <= GATHERED_SLOTS else gradients[pair],
-            group=queries[0].shape[1] // hk,
-            scale=scale,
-            tile=tile,
-        )
-    return gradients
-
-
-def _launch(
-    rows: slot_table.Slots,
-    numbers: slot_table.Slots,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    readers: Sequence[int],
-    starts: Sequence[Tensor | None],
-    gradients: Tensor,
-    *,
-    group: int,
-    scale: float,
-    tile: configs.Tile | None,
-) -> None:
-    """Fill gradients [M, 2, B, Hk, T, d], M at most GATHERED_SLOTS; the rest as of `run`."""
-    (b, hk, t, d), count = keys[0].shape, len(keys)
+    made = keys[0].new_empty((finished, 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
+    sums = keys[0].new_empty((unfinished, 2, b, t, hk, d), dtype=torch.float32).transpose(3, 4)
+    starts = [None if x is None else launch.token_major(x) for x in starts or [None] * 2 * finished]
+    if partials is not None:
+        partials = launch.contiguous(partials.transpose(3, 4)).transpose(3, 4)
     # Tiles of equal accesses, in elements, lie in the same threads.
-    size = keys[0].element_size()
-    width = min(
-        launch.alignment(*keys, *values) // size,
-        rows.align // size,
-        launch.alignment(gradients, *(x for x in starts if x is not None))
-        // gradients.element_size(),
-    )
-    tile = tile or configs.gather_tile(head_dim=d, group=group, width=width)
+    widths = [rows.align // keys[0].element_size()]
+    written = [made, sums] if unfinished else [made]
+    widths += [
+        launch.alignment(x) // x.element_size()
+        for x in (*keys, *values, *written, *starts, partials)
+        if x is not None
+    ]
+    group, width = queries[0].shape[1] // hk, min(widths)
+    tile = tile or configs.gather_tile(head_dim=d, group=group, width=width, slots=len(keys))
+    # The kernel has arguments for MOST_SLOTS: the last slot again, never read.
+    missing = MOST_SLOTS - len(keys)
+    keys, values = [[*side, *side[-1:] * missing] for side in (keys, values)]
+    counts = [*readers, *[readers[-1]] * missing]
+    own_starts = [*starts, *[None] * 2 * (MOST_SLOTS - finished)]
     with launch.on_device(keys[0]):
         launch.launchable(depth_gather_kernel, rows.traced)[(b * -(-t * hk // tile.tokens),)](
             rows.key,
@@ -386,17 +386,14 @@ def _launch(
             numbers.value,
             rows.table,
             numbers.table,
-            keys[0],
-            keys[-1],
-            values[0],
-            values[-1],
-            gradients,
-            starts[0],
-            starts[-2],
-            starts[1],
-            starts[-1],
-            _coded(readers[0]),
-            _coded(readers[-1]),
+            *keys,
+            *values,
+            made,
+            sums if unfinished else None,
+            partials,
+            *own_starts[::2],
+            *own_starts[1::2],
+            *map(_coded, counts),
             t,
             hk,
             scale,
@@ -404,23 +401,23 @@ def _launch(
             *rows.value_strides[1:],
             *numbers.key_strides[1:],
             *numbers.value_strides[1:],
-            *keys[0].stride()[:3],
-            *keys[-1].stride()[:3],
-            *values[0].stride()[:3],
-            *values[-1].stride()[:3],
-            *gradients.stride()[:5],
+            *(stride for x in (*keys, *values) for stride in x.stride()[:3]),
+            *made.stride()[:5],
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
             ROWS=tile.tokens,
-            SLOTS=count,
+            SLOTS=MOST_SLOTS - missing,
+            UNFINISHED=unfinished,
             READERS=tile.slots,
             COLUMNS=tiles.TABLE_COLUMNS,
             ROWS_UNIFORM=rows.is_uniform,
             NUMBERS_UNIFORM=numbers.is_uniform,
-            ALIGN=width * size,
-            GRAD_ALIGN=width * gradients.element_size(),
+            ALIGN=width * keys[0].element_size(),
+            GRAD_ALIGN=width * made.element_size(),
+            SUM_ALIGN=width * sums.element_size(),
             num_warps=tile.warps,
             **slot_table.names(rows, "n"),
             **slot_table.names(numbers, "m"),
         )
+    return made, sums

@@ -51,16 +51,22 @@ def gather(
     scale: float,
     dtype: torch.dtype,
     starts: Sequence[Tensor | None] = (),
-) -> Tensor:
-    """The whole gradients of some slots, in PyTorch operations; arguments and result as of
-    `depth_gather.run`.
+    partials: Tensor | None = None,
+    unfinished: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The whole gradients of some slots and sums of others, in PyTorch operations; arguments and
+    results as of `depth_gather.run`, but sums of float64 inputs are float64.
     """
-    b, hk, t, d = keys[0].shape
+    (b, hk, t, d), finished = keys[0].shape, len(keys) - unfinished
     compute = torch.promote_types(keys[0].dtype, torch.float32)
-    gradients = keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
+    gradients = keys[0].new_empty((finished, 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
+    sums = keys[0].new_empty((unfinished, 2, b, t, hk, d), dtype=compute).transpose(3, 4)
     for slot, (key, value, count) in enumerate(zip(keys, values, readers, strict=True)):
         key, value = key.to(compute).unsqueeze(2), value.to(compute).unsqueeze(2)
-        dk, dv = (torch.zeros((b, hk, t, d), dtype=compute, device=key.device) for _ in range(2))
+        total = torch.zeros((2, b, hk, t, d), dtype=compute, device=key.device)
+        if partials is not None:
+            total += partials[slot]
+        dk, dv = total
         for do, q, lse, delta in list(zip(grad_outs, queries, lses, deltas, strict=True))[:count]:
             rows = (b, hk, q.shape[1] // hk, t)
             query, grad = (x.to(compute).reshape(*rows, d) for x in (q, do))
@@ -68,7 +74,11 @@ def gather(
             dz = (grad * value).sum(-1).sub_(delta.to(compute).reshape(rows)).mul_(p)
             dk += (dz.unsqueeze(-1) * query).sum(2)
             dv += (p.unsqueeze(-1) * grad).sum(2)
+        if slot >= finished:
+            sums[slot - finished].copy_(total)
+            continue
+        dk.mul_(scale)
         own = starts[2 * slot : 2 * slot + 2] if starts else (None, None)
-        for side, (made, start) in enumerate(zip((dk.mul_(scale), dv), own, strict=True)):
+        for side, (made, start) in enumerate(zip((dk, dv), own, strict=True)):
             gradients[slot, side].copy_(made if start is None else made.add_(start))
-    return gradients
+    return gradients, sums

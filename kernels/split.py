@@ -175,11 +175,17 @@ def gather(
     scale: float,
     dtype: torch.dtype,
     starts: Sequence[Tensor | None] = (),
-) -> Tensor:
-    """The whole gradients of some slots; arguments and result as of `depth_gather.run`."""
+    partials: Tensor | None = None,
+    unfinished: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The whole gradients of some slots and sums of others; arguments and results as of
+    `depth_gather.run`.
+    """
     key, query = keys[0], queries[0]
     what = (grad_outs, queries, lses, deltas, keys, values, readers)
-    options: dict[str, Any] = dict(scale=scale, dtype=dtype, starts=starts)
+    options: dict[str, Any] = dict(
+        scale=scale, dtype=dtype, starts=starts, partials=partials, unfinished=unfinished
+    )
     by_kernel = key.numel() > 0 and merge_lowering_of(query).name != "plain"
     if by_kernel:
         products = configs.products(

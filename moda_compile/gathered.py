@@ -16,6 +16,9 @@ from torch import Tensor
 from moda_compile import ops, registration
 from moda_compile.errors import InputError
 
+MOST_SLOTS = 4
+"""The most slots of one ``depth_gather``, as many as keep their sums in registers."""
+
 
 @registration.operator("depth_attention_query_backward")
 def depth_attention_query_backward(
@@ -96,32 +99,51 @@ def depth_gather(
     scale: float,
     dtype: torch.dtype,
     starts: Sequence[Tensor | None],
-) -> Tensor:
-    """The whole gradients [M, 2, B, Hk, T, d] of M slots' (keys, values), in ``dtype``.
+    partials: Tensor | None = None,
+    unfinished: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The whole gradients [M - U, 2, B, Hk, T, d] of slots' (keys, values), in ``dtype``, and sums
+    [U, 2, B, Hk, T, d] of the last U slots, which go on in another call; both token-major.
 
     The sequence of R layers comes with, of each, grad_out and query [B, Hq, T, d], the joint lse
-    and delta = grad_out . out [B, Hq, T]. Slot m, keys[m] and values[m] [B, Hk, T, d], is read by
-    the first readers[m] of them::
+    and delta = grad_out . out [B, Hq, T]. Of M slots, 1 to MOST_SLOTS, slot m, keys[m] and
+    values[m] [B, Hk, T, d], is read by the first readers[m] of them::
 
         p = exp(scale q . k - lse);  dz = p (do . v - delta)
-        dk = scale sum dz q;  dv = sum p do      over these layers and the heads of the group
+        dk = scale (dk_0 + sum dz q);  dv = dv_0 + sum p do    over these layers and the group
 
-    starts: of each slot's key and value in turn, [B, Hk, T, d] in ``dtype`` or None: what its
-    gradient is added to, such as the part that is the slot's own layer's. Empty: nothing.
+    partials: dk_0 and dv_0 [M, 2, B, Hk, T, d], what another call left as its sums; None: 0. A sum
+    is float32 (float64 for float64 inputs) and the keys' has not been multiplied by the scale, so
+    that a gradient is rounded once, by the last call.
+
+    starts: of each finished slot's key and value in turn, [B, Hk, T, d] in ``dtype`` or None: what
+    its gradient is added to, such as the part that is the slot's own layer's. Empty: nothing.
     """
     _check_gather(grad_outs, queries, lses, deltas, keys, values, readers)
-    _check_starts(starts, keys, dtype)
-    made: Tensor = ops.kernels_for(keys[0]).gather(
+    _check_sums(keys, partials, unfinished)
+    _check_starts(starts, keys[: len(keys) - unfinished], dtype)
+    made: tuple[Tensor, Tensor] = ops.kernels_for(keys[0]).gather(
         grad_outs, queries, lses, deltas, keys, values, readers,
-        scale=scale, dtype=dtype, starts=starts,
+        scale=scale, dtype=dtype, starts=starts, partials=partials, unfinished=unfinished,
     )  # fmt: skip
     return made
 
 
 @registration.fake("depth_gather")
-def _(grad_outs, queries, lses, deltas, keys, values, readers, scale, dtype, starts):  # type: ignore[no-untyped-def]
-    b, hk, t, d = keys[0].shape
-    return keys[0].new_empty((len(keys), 2, b, t, hk, d), dtype=dtype).transpose(3, 4)
+def _(  # type: ignore[no-untyped-def]
+    grad_outs, queries, lses, deltas, keys, values, readers, scale, dtype, starts,
+    partials=None, unfinished=0,
+):  # fmt: skip
+    (b, hk, t, d), compute = keys[0].shape, _compute_dtype(keys[0])
+    kinds = (len(keys) - unfinished, dtype), (unfinished, compute)
+    return tuple(
+        keys[0].new_empty((slots, 2, b, t, hk, d), dtype=kind).transpose(3, 4)
+        for slots, kind in kinds
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check_gather(
@@ -170,13 +192,27 @@ def _check_gather(
         )
 
 
+def _check_sums(keys: Sequence[Tensor], partials: Tensor | None, unfinished: int) -> None:
+    if len(keys) > MOST_SLOTS or not 0 <= unfinished < len(keys):
+        raise InputError(
+            f"depth_gather: got {len(keys)} slots, {unfinished} of them unfinished; expected at "
+            f"most {MOST_SLOTS}, one of them finished."
+        )
+    form = (len(keys), 2, *keys[0].shape), _compute_dtype(keys[0])
+    if partials is not None and (partials.shape, partials.dtype) != form:
+        raise InputError(
+            f"depth_gather: got partial sums {tuple(partials.shape)} of {partials.dtype}, expected "
+            f"{form[0]} of {form[1]}."
+        )
+
+
 def _check_starts(
     starts: Sequence[Tensor | None], keys: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
     if starts and len(starts) != 2 * len(keys):
         raise InputError(
-            f"depth_gather: got {len(starts)} starts for {len(keys)} slots; expected two of each, "
-            "or none at all."
+            f"depth_gather: got {len(starts)} starts for {len(keys)} finished slots; expected two "
+            "of each, or none at all."
         )
     for x in starts:
         if x is not None and (x.shape, x.dtype) != (keys[0].shape, dtype):

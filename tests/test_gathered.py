@@ -89,7 +89,8 @@ def layers(
 def check(readers: tuple[int, ...], dtype: torch.dtype, **options: Any) -> None:
     arguments, exact = layers(readers, dtype, **options)
     for made_in in (dtype, torch.promote_types(dtype, torch.float32)):
-        got = OPS.depth_gather(*arguments, SCALE, made_in, [])
+        got, rest = OPS.depth_gather(*arguments, SCALE, made_in, [])
+        assert rest.shape == (0, *got.shape[1:])
         assert got.dtype == made_in
         assert got.transpose(3, 4).is_contiguous()
         # lse and delta come rounded, so p and dz are off by a few units of them; then one rounding.
@@ -110,23 +111,114 @@ def test_against_the_oracle(readers: tuple[int, ...], dtype: torch.dtype) -> Non
 def test_starts_are_added_to(dtype: torch.dtype) -> None:
     arguments, exact = layers((3, 2), dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    plain = OPS.depth_gather(*arguments, SCALE, wide, [])
+    plain, _ = OPS.depth_gather(*arguments, SCALE, wide, [])
     generator = torch.Generator().manual_seed(9)
     shape = exact[0].shape[1:]
     key, value = (torch.randn(shape, generator=generator).to(wide) for _ in range(2))
     key = key.transpose(1, 2).contiguous().transpose(1, 2)  # of any strides
-    made = OPS.depth_gather(*arguments, SCALE, wide, [key, None, None, value])
+    made, _ = OPS.depth_gather(*arguments, SCALE, wide, [key, None, None, value])
     torch.testing.assert_close(made[0, 0], plain[0, 0] + key)
     torch.testing.assert_close(made[1, 1], plain[1, 1] + value)
     assert torch.equal(made[0, 1], plain[0, 1])
     assert torch.equal(made[1, 0], plain[1, 0])
 
 
+def in_two_calls(
+    arguments: tuple[Any, ...], unfinished: int, dtype: torch.dtype, starts: list[Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the last slots, from the readers of these, and of the first `unfinished` ones,
+    from the sums of that call and the readers that are left; and the sums.
+
+    starts: of all slots' keys and values.
+    """
+    *readers, keys, values, counts = arguments
+    ran = counts[unfinished]
+    early, late = [x[:ran] for x in readers], [x[ran:] for x in readers]
+    turned = [side[unfinished:] + side[:unfinished] for side in (keys, values)]
+    seen = [*counts[unfinished:], *[ran] * unfinished]
+    own = starts[2 * unfinished :]
+    made, sums = OPS.depth_gather(*early, *turned, seen, SCALE, dtype, own, unfinished=unfinished)
+    begun = [side[:unfinished] for side in (keys, values)]
+    missing = [count - ran for count in counts[:unfinished]]
+    rest = starts[: 2 * unfinished]
+    whole, nothing = OPS.depth_gather(*late, *begun, missing, SCALE, dtype, rest, sums)
+    assert len(nothing) == 0
+    return made, whole, sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("readers", "unfinished"), [((6, 5, 4, 3), 2), ((3, 2), 1), ((5, 4, 4), 1)], ids=str
+)
+def test_sums_go_on_in_another_call(
+    dtype: torch.dtype, readers: tuple[int, ...], unfinished: int
+) -> None:
+    arguments, _ = layers(readers, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    generator = torch.Generator().manual_seed(9)
+    key, value = (
+        torch.randn(arguments[4][0].shape, generator=generator).to(dtype) for _ in range(2)
+    )
+    nothing = [None, None] * (len(readers) - 2)
+    for made_in in (dtype, wide):
+        starts = [key.to(made_in), None, *nothing, None, value.to(made_in)]
+        expected, _ = OPS.depth_gather(*arguments, SCALE, made_in, starts)
+        made, whole, sums = in_two_calls(arguments, unfinished, made_in, starts)
+        assert (sums.dtype, made.dtype, whole.dtype) == (wide, made_in, made_in)
+        for got in (made, whole, sums):
+            assert got.transpose(3, 4).is_contiguous()
+        assert torch.equal(made, expected[unfinished:])
+        # The same sums in the same order: nothing has been rounded on the way.
+        assert torch.equal(whole, expected[:unfinished])
+
+
+def test_sums_of_keys_have_no_scale_yet() -> None:
+    arguments, exact = layers((2, 1), torch.float64)
+    _, _, sums = in_two_calls(arguments, 1, torch.float64, [None] * 4)
+    *readers, keys, values, _ = arguments
+    only = [side[:1] for side in readers], [side[:1] for side in (keys, values)]
+    first, _ = OPS.depth_gather(*only[0], *only[1], [1], SCALE, torch.float64, [])
+    torch.testing.assert_close(sums[:, 0] * SCALE, first[:, 0])
+    assert torch.equal(sums[:, 1], first[:, 1])
+
+
+def test_partial_sums_of_any_strides() -> None:
+    arguments, _ = layers((4, 3), torch.float32)
+    generator = torch.Generator().manual_seed(9)
+    shape = (2, 2, *arguments[4][0].shape)
+    partials = torch.randn(shape, generator=generator)
+    rest = (SCALE, torch.float32, [])
+    expected, _ = OPS.depth_gather(*arguments, *rest, partials)
+    other = partials.permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0)
+    assert not torch.equal(expected, OPS.depth_gather(*arguments, *rest)[0])
+    assert torch.equal(expected, OPS.depth_gather(*arguments, *rest, other)[0])
+
+
+def test_sums_of_another_form() -> None:
+    arguments, _ = layers((3, 2), torch.float32)
+    *readers, keys, values, counts = arguments
+    sums = torch.zeros(2, 2, *keys[0].shape)
+    for partials, unfinished, message in (
+        (sums[:1], 0, "got partial sums"),
+        (sums[..., :2], 0, "got partial sums"),
+        (sums.double(), 0, "of torch.float64, expected"),
+        (None, 2, "2 of them unfinished"),
+        (None, -1, "-1 of them unfinished"),
+    ):
+        with pytest.raises(InputError, match=message):
+            OPS.depth_gather(*arguments, SCALE, torch.float32, [], partials, unfinished)
+    five = (*readers, [keys[0]] * 5, [values[0]] * 5, [1] * 5)
+    with pytest.raises(InputError, match="got 5 slots, 0 of them unfinished; expected at most 4"):
+        OPS.depth_gather(*five, SCALE, torch.float32, [])
+    with pytest.raises(InputError, match="got 4 starts for 1 finished slots"):
+        OPS.depth_gather(*arguments, SCALE, torch.float32, [None] * 4, None, 1)
+
+
 def test_starts_of_another_form() -> None:
     arguments, _ = layers((3, 2), torch.float32)
     key = arguments[4][0]
     for starts, message in (
-        ([key], "got 1 starts for 2 slots"),
+        ([key], "got 1 starts for 2 finished slots"),
         ([key[..., :2], None, None, None], "got a start"),
         ([key.double(), None, None, None], "of torch.float64, expected"),
     ):
@@ -148,7 +240,7 @@ def test_groups_and_head_dims(hk: int, groups: int, d: int) -> None:
 def test_empty(sizes: dict[str, int]) -> None:
     q, k, *_ = make(dtype=torch.float32, **sizes)
     rest = (q[..., 0], q[..., 0])
-    made = OPS.depth_gather(*([x] for x in (q, q, *rest, k, k)), [1], SCALE, torch.float32, [])
+    made, _ = OPS.depth_gather(*([x] for x in (q, q, *rest, k, k)), [1], SCALE, torch.float32, [])
     assert made.shape == (1, 2, *k.shape)
     saved = (q, q, k, k, [k], [k], q, q[..., 0])
     *_, delta = OPS.depth_attention_query_backward(*saved, True, SCALE)
@@ -160,6 +252,9 @@ def test_empty(sizes: dict[str, int]) -> None:
 def test_opcheck() -> None:
     arguments, _ = layers((2, 1), torch.float32, kind="token major")
     opcheck(OPS.depth_gather.default, (*arguments, SCALE, torch.bfloat16, []))
+    _, sums = OPS.depth_gather(*arguments, SCALE, torch.bfloat16, [], None, 1)
+    sums = sums.repeat(2, 1, 1, 1, 1, 1)
+    opcheck(OPS.depth_gather.default, (*arguments, SCALE, torch.bfloat16, [], sums, 1))
     saved = backward_arguments(torch.bfloat16)
     opcheck(OPS.depth_attention_query_backward.default, (*saved, True, SCALE))
     grad, q, _, _, keys, values, out, lse = saved

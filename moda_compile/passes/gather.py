@@ -5,7 +5,9 @@ and writes the gradient of every slot it reads. AOTAutograd's joint graph holds 
 `depth_attention_backward` and `depth_merge_backward` becomes the operator that leaves the slots
 out, and where a row of the accumulator is taken out, `depth_gather` computes it from the layers
 that had added to it by then; another slot that is complete by then comes along. Whether a stack is
-worth it says `kernels.gathers`.
+worth it says `kernels.gathers`. Of many layers every other gather begins the gradients of the slots
+behind its own as well (`kernels.gathers_ahead`): it leaves their sums over the layers so far to the
+next one, which reads the few that were missing then. One block of sums is alive at a time.
 
 Why it is safe: a row starts at zero and is what those layers added; nothing else may touch the
 accumulator, or the whole chain is left as it is. So is a chain of a form that is not known here:
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -75,6 +77,22 @@ class _Site:
     slot: int
     side: int
     readers: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Gather:
+    """What one `depth_gather` does, in front of the first of its sites.
+
+    slots: whose gradients it completes. sites: where these are used, in order. begun: slots whose
+    sums it leaves to the next one. readers: what it reads for each of all these, numbers in the
+    chain. goes_on: its slots' sums are begun by the gather before.
+    """
+
+    slots: tuple[int, ...]
+    sites: tuple[_Site, ...]
+    readers: dict[int, list[int]]
+    begun: tuple[int, ...] = ()
+    goes_on: bool = False
 
 
 def _reader(node: Node) -> _Reader | None:
@@ -144,21 +162,25 @@ def _worthwhile(chain: Sequence[_Reader]) -> bool:
     """Whether the gathering kernel serves these, and holding on to q and do costs no memory."""
     from moda_compile import kernels
 
-    first = chain[0].call
-    q, key = (_value(x) for x in (first["q"], first["depth_k"][0]))
+    q, group = _value(chain[0].call["q"]), _group(chain)
     if len({reader.call["scale"] for reader in chain}) > 1:
         return False
     if any(x.dtype != q.dtype for r in chain for x in map(_value, _rows(r))):
         return False
-    group = q.shape[1] // key.shape[1]
     what = {"device_type": q.device.type, "dtype": q.dtype, "head_dim": int(q.shape[3])}
-    if not kernels.gathers(**what, group=int(group)):
+    if not kernels.gathers(**what, group=group):
         return False
     # Of a query that is computed again for this backward, memory would have been freed: then q and
     # do, 2 G rows of a slot's, must not be more than the accumulator's 2.
     again = any(reader.call["q"].meta.get("recompute") in _RECOMPUTED for reader in chain)
     held, kept = group * q.dtype.itemsize, _value(chain[0].before).dtype.itemsize
     return not again or bool(held <= kept)
+
+
+def _group(chain: Sequence[_Reader]) -> int:
+    """Query heads per key head."""
+    q, key = (_value(x) for x in (chain[0].call["q"], chain[0].call["depth_k"][0]))
+    return int(q.shape[1] // key.shape[1])
 
 
 def _rows(reader: _Reader) -> tuple[Node, ...]:
@@ -170,8 +192,6 @@ def _rewrite(
     graph: Graph, chain: list[_Reader], sites: list[_Site], place: dict[Node, int]
 ) -> bool:
     """Gather this chain's gradients; False, and nothing changed, where they are not one stack's."""
-    from moda_compile.kernels import GATHERED_SLOTS
-
     keys, values = (max((r.call[side] for r in chain), key=len) for side in ("depth_k", "depth_v"))
     if any(
         list(r.call[name]) != list(slots[: r.slots])
@@ -187,8 +207,25 @@ def _rewrite(
     if not all(readers.values()):
         return False
     deltas = [_leave_slots_out(graph, reader) for reader in chain]
-    done: set[int] = set()
     sites = sorted(sites, key=lambda site: place[site.node])
+    sums: Node | None = None
+    for planned in _ahead(chain, _completed(chain, sites, readers, place), place):
+        partials = sums if planned.goes_on else None
+        sums = _gather(graph, chain, deltas, keys, values, planned, partials, place)
+    return True
+
+
+def _completed(
+    chain: Sequence[_Reader],
+    sites: Sequence[_Site],
+    readers: dict[int, list[int]],
+    place: dict[Node, int],
+) -> list[_Gather]:
+    """Which slots are gathered together: those that are complete where the first is used."""
+    from moda_compile.kernels import GATHERED_SLOTS
+
+    found: list[_Gather] = []
+    done: set[int] = set()
     for first in sites:
         if first.slot in done:
             continue
@@ -204,9 +241,60 @@ def _rewrite(
             if len(chosen) <= GATHERED_SLOTS and _in_order([readers[s] for s in chosen]):
                 together = chosen
         done.update(together)
-        where = [site for site in sites if site.slot in together]
-        _gather(graph, chain, deltas, keys, values, together, readers, where, place)
-    return True
+        found.append(
+            _Gather(
+                slots=tuple(together),
+                sites=tuple(site for site in sites if site.slot in together),
+                readers={slot: readers[slot] for slot in together},
+            )
+        )
+    return found
+
+
+def _ahead(
+    chain: Sequence[_Reader], gathers: Sequence[_Gather], place: dict[Node, int]
+) -> list[_Gather]:
+    """The same gathers, where it is worth it every other one with what the next reads again."""
+    found: list[_Gather] = []
+    for gather in gathers:
+        pair = None
+        if found and not found[-1].goes_on:
+            pair = _begun(chain, found[-1], gather, place)
+        if pair is None:
+            found.append(gather)
+        else:
+            found[-1:] = pair
+    return found
+
+
+def _begun(
+    chain: Sequence[_Reader], gather: _Gather, following: _Gather, place: dict[Node, int]
+) -> list[_Gather] | None:
+    """The first gather with the sums of the following one's slots over the readers that have run by
+    then, and that one with those that are missing; None where that is not worth it.
+    """
+    from moda_compile import kernels
+
+    here = place[gather.sites[0].node]
+    ran, missing = (
+        {
+            slot: [i for i in following.readers[slot] if (place[chain[i].node] < here) == early]
+            for slot in following.slots
+        }
+        for early in (True, False)
+    )
+    together = _in_order([*gather.readers.values(), *ran.values()])
+    if together is None or not _in_order([*missing.values()]):
+        return None
+    both = set().union(*gather.readers.values()) & set().union(*ran.values())
+    dtype = _value(chain[0].call["q"]).dtype
+    what = {"dtype": dtype, "group": _group(chain), "slots": len(following.slots)}
+    if not kernels.gathers_ahead(**what, readers=len(both)):
+        return None
+    return [
+        replace(gather, begun=following.slots, readers=gather.readers | ran),
+        replace(following, readers=missing, goes_on=True),
+    ]
 
 
 def _in_order(sets: Sequence[list[int]]) -> list[int] | None:
@@ -236,16 +324,17 @@ def _gather(
     deltas: Sequence[Node],
     keys: Sequence[Node],
     values: Sequence[Node],
-    slots: Sequence[int],
-    readers: dict[int, list[int]],
-    sites: Sequence[_Site],
+    planned: _Gather,
+    partials: Node | None,
     place: dict[Node, int],
-) -> None:
-    """Compute the slots' gradients in front of the first of their sites, and use them there.
+) -> Node | None:
+    """Compute the slots' gradients in front of the first of their sites, and use them there; the
+    sums of those that it begins.
 
     What a gradient is then added to, if it is there by then, is where the kernel starts.
     """
-    order = _in_order([readers[slot] for slot in slots])
+    slots, sites = [*planned.slots, *planned.begun], planned.sites
+    order = _in_order([planned.readers[slot] for slot in slots])
     assert order is not None
     taken = {user for site in sites for user in site.node.users}
     casts = {x.args[1] if x.target is _CAST else None for x in taken}
@@ -268,19 +357,25 @@ def _gather(
         [deltas[i] for i in order],
         [keys[slot] for slot in slots],
         [values[slot] for slot in slots],
-        [len(readers[slot]) for slot in slots],
+        [len(planned.readers[slot]) for slot in slots],
         calls[0]["scale"],
         dtype,
-        [starts.get((slot, side)) for slot in slots for side in (0, 1)],
+        [starts.get((slot, side)) for slot in planned.slots for side in (0, 1)],
+        partials,
+        len(planned.begun),
     )
     with graph.inserting_before(like):
         made = _call(graph, _own.depth_gather.default, arguments, like)
-        rows = [_call(graph, _aten.select.int, (made, 0, i), like) for i in range(len(slots))]
+        gradients = _call(graph, operator.getitem, (made, 0), like)
+        rows = {
+            slot: _call(graph, _aten.select.int, (gradients, 0, i), like)
+            for i, slot in enumerate(planned.slots)
+        }
         for site in sites:
-            row = rows[slots.index(site.slot)]
-            side = _call(graph, _aten.select.int, (row, 0, site.side), like)
+            side = _call(graph, _aten.select.int, (rows[site.slot], 0, site.side), like)
             for result in results[site]:
                 result.replace_all_uses_with(side)
+        return _call(graph, operator.getitem, (made, 1), like) if planned.begun else None
 
 
 def _only_addition(node: Node) -> tuple[Node, Node] | None:

@@ -251,7 +251,8 @@ def _keep_sums(graph: Graph, node: Node) -> None:
     Left alone, Inductor makes them head-major, or anew for each of their readers, and copies them
     for the product that reads them. `as_strided` is what it makes a tensor for.
     """
-    sides = [side for row in node.users for side in row.users]
+    gradients = [made for made in node.users if made.args[1] == 0]
+    sides = [side for made in gradients for row in made.users for side in row.users]
     for total in dict.fromkeys(x for side in sides for x in side.users):
         if total.target is not _aten.add.Tensor or total.kwargs:
             continue

@@ -15,7 +15,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from moda_compile import MoDAConfig, kernels, pipeline
+import moda_compile
+from moda_compile import MoDAConfig, backend, kernels, pipeline
 from moda_compile.passes import gather
 from moda_compile.testing import RandomStack, StackConfig
 from tests.test_op_merge import sequence_part
@@ -145,10 +146,10 @@ def test_one_compilation_for_every_length() -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, layers: int = 4) -> None:
         super().__init__()
         self.config = StackConfig(
-            layers=4, kv_heads=2, groups=groups, head_dim=8, length=9, batch=2, dtype="float64"
+            layers=layers, kv_heads=2, groups=groups, head_dim=8, length=9, batch=2, dtype="float64"
         )
         self.inner = RandomStack(self.config)
         for block in self.inner.blocks:
@@ -217,13 +218,134 @@ def test_the_own_layer_s_part_is_what_a_gradient_starts_from() -> None:
     model = stack()
     made = check(model, model.config.inputs())
     (joint,) = made.graphs
-    for *_, starts in made.calls(GATHER):
+    for call in made.calls(GATHER):
+        starts = call[9]
         # The first slot's layer has run its backward by then, the other's has not.
         assert [x is None for x in starts] == [False, False, True, True]
     sums = [n for n in joint.graph.nodes if n.target is torch.ops.aten.add.Tensor]
     picked = torch.ops.aten.select.int
     added = [n for n in sums if any(x.target is picked for x in n.all_input_nodes)]
     assert len(added) == 2 * len(made.calls(GATHER))
+
+
+# --- slots begun ahead --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few layers are not worth it to the library itself."""
+    monkeypatch.setattr(kernels, "gathers_ahead", lambda **_: True)
+
+
+def ahead_calls(made: Joint, slots: int) -> list[tuple[Any, ...]]:
+    """The gathers, of which every second one goes on with what the one before has begun."""
+    calls = made.calls(GATHER)
+    completed = 0
+    for place, call in enumerate(calls):
+        readers, counts, partials, begun = len(call[0]), call[6], call[10], call[11]
+        assert (partials is not None) == (place % 2 == 1)
+        assert (begun > 0) == (place % 2 == 0 and place + 1 < len(calls))
+        completed += len(counts) - begun
+        assert max(counts) == readers
+        if partials is not None:
+            before, which = partials.args
+            assert (before.target, which) == (GATHER, 1)
+            assert tuple(before.args) == calls[place - 1]
+            assert len(counts) == calls[place - 1][11]
+            # Each of their readers in one of the two calls.
+            begun_counts = calls[place - 1][6][-len(counts) :]
+            assert not set(call[1]) & set(before.args[1])
+            assert all(a > 0 and b > 0 for a, b in zip(counts, begun_counts, strict=True))
+    assert completed == slots
+    return calls
+
+
+@pytest.mark.parametrize("layers", range(2, 10))
+def test_every_other_gather_begins_the_next_one_s(layers: int, ahead: None) -> None:
+    model = stack(layers=layers)
+    made = check(model, model.config.inputs())
+    calls = ahead_calls(made, layers - 1)
+    assert len(calls) == layers // 2
+    # Two slots more a call, whose last two layers were missing, and so read one or two layers.
+    expected: list[list[int]] = []
+    for last in range(1, layers, 4):
+        waiting = [min(x, last + 1) for x in range(last, layers)][:4]
+        expected.append(waiting)
+        if last + 2 < layers:
+            expected.append([1, 2][: layers - last - 2])
+    assert [call[6] for call in calls] == expected
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_ffn_slots_are_begun_ahead(groups: int, ahead: None) -> None:
+    model = stack(layers=6, groups=groups)
+    made = check(model, model.config.inputs(), "shared")
+    assert [call[6] for call in ahead_calls(made, 10)] == [
+        [1, 1, 1, 1], [1, 1], [3, 3, 3, 3], [1, 1], [5, 5],
+    ]  # fmt: skip
+
+
+def test_projected_slots_are_begun_ahead(ahead: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for gathering in (False, True):
+        torch._dynamo.reset()
+        model = stack(layers=4)
+        config = MoDAConfig(ffn_kv="projected")
+        made = Joint(config, gathering=gathering, rewritten=True)
+        monkeypatch.setattr(
+            backend, "_inductor", lambda gm, inputs, *_, made=made: made(gm, inputs)
+        )
+        torch.manual_seed(0)
+        moda_compile.convert(model, config, model.config.inputs())
+        model(*model.config.inputs()).square().mean().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0], **TIGHT)
+    assert [call[6] for call in ahead_calls(made, 6)] == [[1, 1, 1, 1], [1, 1], [3, 3]]
+
+
+def test_checkpointed_slots_are_begun_ahead(ahead: None) -> None:
+    model = Checkpointed(groups=1, layers=5)
+    made = check(model, model.config.inputs())
+    assert [call[6] for call in ahead_calls(made, 4)] == [[1, 2, 2, 2], [1, 2]]
+
+
+def test_merged_slots_are_begun_ahead(ahead: None) -> None:
+    torch.manual_seed(0)
+    made = check(Merged(), (torch.randn(2, 7, 16, dtype=torch.float64),), rewritten=True)
+    assert [call[6] for call in ahead_calls(made, 3)] == [[1, 2, 2], [1]]
+
+
+def test_sums_stay_wide_and_gradients_are_rounded_once(ahead: None) -> None:
+    model = stack(dtype="bfloat16")
+    made = Joint(MoDAConfig())
+    gradients(model, made, model.config.inputs())
+    first, second = ahead_calls(made, 4)
+    assert second[10].meta["val"].dtype == torch.float32
+    assert first[8] == second[8] == torch.bfloat16
+    (joint,) = made.graphs
+    read = [n for n in joint.graph.nodes if n.target is torch.ops.aten.select.int]
+    assert not any(second[10] in n.all_input_nodes for n in read)
+
+
+def test_any_length_is_begun_ahead(ahead: None) -> None:
+    model = stack(layers=5)
+    made = check(model, model.config.inputs(), dynamic=True)
+    assert len(ahead_calls(made, 4)) == 2
+
+
+def test_the_library_is_asked_what_would_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def gathers_ahead(**what: Any) -> bool:
+        asked.append(what)
+        return what["readers"] == 4  # of 9 layers' slots the second pair, not the first
+
+    monkeypatch.setattr(kernels, "gathers_ahead", gathers_ahead)
+    model = stack(layers=9, groups=2)
+    made = check(model, model.config.inputs())
+    base = dict(dtype=torch.float64, group=2, slots=2)
+    assert asked == [base | dict(readers=2), base | dict(readers=4)]
+    assert [call[6] for call in made.calls(GATHER)] == [[1, 2], [3, 4, 4, 4], [1, 2], [7, 8]]
 
 
 # --- what is left as it is ----------------------------------------------------------------------
@@ -307,3 +429,17 @@ def test_gathers(what: dict[str, Any], expected: bool, monkeypatch: pytest.Monke
     monkeypatch.undo()
     base: dict[str, Any] = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64, group=1)
     assert kernels.gathers(**base | what) == expected
+
+
+@pytest.mark.parametrize(("what", "readers"), [
+    ({}, 15),
+    ({"slots": 1}, 8),
+    ({"group": 2}, 8),
+    ({"group": 4}, 4),
+    ({"dtype": torch.float32}, 9),
+], ids=str)  # fmt: skip
+def test_gathers_ahead(what: dict[str, Any], readers: int) -> None:
+    """From so many readers on: 4 bytes each and head of a group, for 1.5 times 20 a slot."""
+    base: dict[str, Any] = dict(dtype=torch.bfloat16, group=1, slots=2)
+    assert kernels.gathers_ahead(**base | what, readers=readers)
+    assert not kernels.gathers_ahead(**base | what, readers=readers - 1)

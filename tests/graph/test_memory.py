@@ -56,10 +56,11 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @functools.cache
-def count(layers: int, ffn_kv: Any | None, gathering: bool = False) -> Counted:
+def count(layers: int, ffn_kv: Any | None, gathering: bool = False, ahead: bool = False) -> Counted:
     """Count one step; ``ffn_kv=None`` is the unconverted model under stock Inductor.
 
-    gathering: as on a GPU, where no accumulator is kept; see `passes.gather`.
+    gathering: as on a GPU, where no accumulator is kept; see `passes.gather`. ahead: and as in a
+    stack so deep that slots are begun before their layers have all run.
     """
     torch._dynamo.reset()
     config = StackConfig(
@@ -93,6 +94,7 @@ def count(layers: int, ffn_kv: Any | None, gathering: bool = False) -> Counted:
         patch.setattr(cpu, "backward", backward)
         if gathering:
             patch.setattr(kernels, "gathers", lambda **_: True)
+            patch.setattr(kernels, "gathers_ahead", lambda **_: ahead)
         _, codes = run_and_get_code(step)
         assert len(codes) == 2  # one graph: its forward and its backward
         own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *inputs)}
@@ -123,12 +125,19 @@ def slots(layers: int, ffn_kv: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ffn_kv", "gathering"), [("none", False), ("projected", False), ("none", True)]
+    ("ffn_kv", "gathering", "ahead"),
+    [
+        ("none", False, False),
+        ("projected", False, False),
+        ("none", True, False),
+        ("none", True, True),
+    ],
 )
-def test_linear_in_depth(ffn_kv: str, gathering: bool) -> None:
+def test_linear_in_depth(ffn_kv: str, gathering: bool, ahead: bool) -> None:
     deep = ffn_kv == "none" and not gathering
-    depths = (4, 8, 16) if deep else (3, 4, 5)
-    counted = {layers: count(layers, ffn_kv, gathering) for layers in depths}
+    # Sums of two slots are begun from 5 layers on, and never more of them are kept.
+    depths = (4, 8, 16) if deep else (5, 6, 7) if ahead else (3, 4, 5)
+    counted = {layers: count(layers, ffn_kv, gathering, ahead) for layers in depths}
     for layers, c in counted.items():
         number = slots(layers, ffn_kv)
         print(

@@ -5,6 +5,7 @@ With fake CUDA tensors: nothing is launched, and the platform's attention is sai
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,7 +114,7 @@ def whole_layer(
     dq, dk, dv, _, delta = OPS.depth_attention_query_backward(
         grad, q, k, v, keys, values, out, lse, True, 0.125
     )
-    made = OPS.depth_gather(
+    made, _ = OPS.depth_gather(
         [grad], [q], [lse], [delta], keys, values, [1, 1], 0.125, q.dtype, [dk, dv, None, None]
     )
     first, second = (made.select(0, i).select(0, 0) for i in (0, 1))
@@ -139,6 +140,42 @@ def test_backward_and_gathering() -> None:
         ["delta_out", "grad_query", "table"],
         ["gradients", "numbers_table", "rows_table"],
     ]
+
+
+def test_sums_that_one_gather_leaves_to_another() -> None:
+    def call(grad: Tensor, q: Tensor, lse: Tensor, delta: Tensor, *depth: Tensor) -> Any:
+        readers = [[x] * 3 for x in (grad, q, lse, delta)]
+        keys, values = list(depth[:3]), list(depth[3:])
+        made, sums = OPS.depth_gather(
+            *readers, keys, values, [2, 3, 3], 0.125, q.dtype, [], unfinished=2
+        )
+        whole, _ = OPS.depth_gather(
+            *readers, keys[1:], values[1:], [1, 2], 0.125, q.dtype, [], sums
+        )
+        return made.select(0, 0).select(0, 0), whole.select(0, 0).select(0, 1) + grad
+
+    with FakeTensorMode():
+        numbers = [torch.empty(B, H, T, device="cuda") for _ in range(2)]
+        inputs = [tensor(), tensor(), *numbers, *(tensor() for _ in range(6))]
+        _, after = unfolded(call, inputs)
+    assert own(after) == []
+    first, second = launches(after)
+    assert (first["SLOTS"], first["UNFINISHED"], first.get("partials")) == (3, 2, None)
+    assert (second["SLOTS"], second["UNFINISHED"], second.get("sums")) == (2, 0, None)
+    # What the one has written is what the other starts from, and nothing is copied in between.
+    partials = second["partials"]
+    assert (partials.target, partials.args[1]) == (operator.getitem, "sums")
+    assert partials.args[0].kwargs["kwargs"] == first
+    assert partials.meta["val"].dtype == torch.float32
+    assert not [n for n in after.nodes if n.target is ATEN.clone.default]
+    written = [n.kwargs["tensors_to_clone"] for n in after.nodes if n.target is LAUNCH]
+    assert [sorted(x) for x in written] == [
+        ["gradients", "numbers_table", "rows_table", "sums"],
+        ["gradients", "numbers_table", "rows_table"],
+    ]
+    # Sums with the gradients, not with the sums, are made token-major.
+    (_, total) = after.output_node().args[0]
+    assert total.target is ATEN.as_strided.default
 
 
 def test_a_sum_with_a_gathered_gradient_is_made_token_major() -> None:
@@ -296,7 +333,7 @@ def test_a_sum_made_token_major_is_the_same_sum() -> None:
     numbers = [torch.randn(B, H, T) for _ in range(2)]
 
     def call(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, *two: Tensor):  # type: ignore[no-untyped-def]
-        made = OPS.depth_gather(
+        made, _ = OPS.depth_gather(
             [grad], [q], [two[0]], [two[1]], [k, k], [v, v], [1, 1], 0.125, q.dtype, []
         )
         return made[0, 0] + dk, dv + made[1, 1], made[0, 1], made[1, 0] + 1.0, made[1, 0] + q[:, :1]

@@ -183,13 +183,27 @@ def cases() -> Iterator[dict[str, Any]]:
     for g, starts, acc in ((1, (0, 1), "bf16"), (2, (1, 2), "fp32"), (3, (0, 1, 2, 3), "bf16")):
         yield gathered | dict(dtype="bf16", acc=acc, g=g, readers=(3, 2), starts=starts, mixed=True)
     yield gathered | dict(dtype="fp16", acc="fp16", s=3, readers=(3, 2, 1), starts=(0, 5))
+    # The first slots' sums begun in one launch and gone on with in another.
+    part = dict(s=4, readers=(4, 3, 2, 1), begun=2, starts=(1, 4))
+    own = ((1, "fp32", 76), (1, "bf16", 64), (2, "fp16", 96), (3, "bf16", 24), (4, "fp32", 5))
+    for g, dtype, d in (*own, (4, "fp16", 80)):
+        yield gathered | part | dict(g=g, dtype=dtype, acc=dtype, d=d, mixed=g == 3, hk=1)
+    part = dict(dtype="fp16", acc="fp32", begun=1, hk=3)
+    yield gathered | part | dict(s=2, readers=(3, 1), d=5, b=2)
+    yield gathered | part | dict(s=3, readers=(3, 2, 2), d=128, begun=2)
+    yield gathered | part | dict(s=4, readers=(4, 3, 2, 2), d=24, g=1)
+    for tile in ((4, 1, 2), (16, 4, 2)):
+        part = dict(s=4, readers=(5, 4, 3, 2), begun=2, turned=True, layout="odd_offset")
+        yield gathered | part | dict(dtype="fp32", acc="fp32", d=24, tile=tile)
     # The kernels write the slots' addresses themselves; of 9 slots in two groups of rows.
     named = dict(named=True, dtype="bf16", acc="bf16")
     for g, readers, t in ((1, (10, 9), 3), (2, (1, 1), 5), (4, (3, 2), 3)):
         yield gathered | named | dict(g=g, readers=readers, t=t)
+    yield gathered | named | dict(s=4, readers=(11, 10, 9, 8), begun=2)
     yield base | named | dict(mode="list", s=9, g=2)
     # What the kernel is not for, by PyTorch operations, and the matrix kernel's delta.
     yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), g=20)
+    yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), g=20, begun=1)
     yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), products="matrix")
     yield vector | dict(mode="stacked", dtype="fp32", acc="fp32", d=64, t=23, tile=(8, 2, 1))
 
@@ -339,9 +353,9 @@ def gather_errors(case: dict[str, Any]) -> dict[str, Any]:
     starts: list[Tensor | None] = [None] * (2 * s)
     for place in case.get("starts", ()):
         starts[place] = strided((b, hk, t, d), next(layouts), DTYPES[case["acc"]], draw)
-    gradients = split.gather(
-        *map(list, zip(*saved, strict=True)), depth_k, depth_v, count,
-        scale=scale, dtype=DTYPES[case["acc"]], starts=starts if case.get("starts") else (),
+    gradients = gathered(
+        case, [*map(list, zip(*saved, strict=True))], depth_k, depth_v, scale,
+        starts if case.get("starts") else [],
     )  # fmt: skip
 
     def reference(compute: torch.dtype) -> list[Tensor]:
@@ -368,6 +382,38 @@ def gather_errors(case: dict[str, Any]) -> dict[str, Any]:
         "token_major": gradients.transpose(3, 4).is_contiguous(),
         "dtypes": [str(x.dtype) for x in (made[0][0], made[0][4], *made[0][:3])],
     }
+
+
+def gathered(
+    case: dict[str, Any],
+    readers: list[Any],
+    keys: list[Tensor],
+    values: list[Tensor],
+    scale: float,
+    starts: list[Tensor | None],
+) -> Tensor:
+    """All slots' gradients; those of the first case["begun"] begun with what the others read."""
+    count, begun = case["readers"], case.get("begun", 0)
+    options: dict[str, Any] = dict(scale=scale, dtype=DTYPES[case["acc"]])
+    if not begun:
+        return split.gather(*readers, keys, values, count, starts=starts, **options)[0]
+    ran = count[begun]
+    turned = [side[begun:] + side[:begun] for side in (keys, values)]
+    made, sums = split.gather(
+        *(x[:ran] for x in readers), *turned, [*count[begun:], *[ran] * begun],
+        starts=starts[2 * begun :], unfinished=begun, **options,
+    )  # fmt: skip
+    assert (sums.dtype, sums.shape) == (torch.float32, (begun, *made.shape[1:]))
+    assert sums.transpose(3, 4).is_contiguous()
+    if case.get("turned"):  # sums that lie otherwise
+        sums = sums.mT.contiguous().mT
+    late, missing = [x[ran:] for x in readers], [x - ran for x in count[:begun]]
+    whole, _ = split.gather(
+        *late, keys[:begun], values[:begun], missing,
+        starts=starts[: 2 * begun], partials=sums, **options,
+    )  # fmt: skip
+    both = torch.cat([whole.transpose(3, 4), made.transpose(3, 4)])
+    return both.transpose(3, 4)
 
 
 def through_the_lse(

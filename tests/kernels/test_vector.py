@@ -166,14 +166,21 @@ def test_backward_compiles_for_an_h100(
 
 @compiled_only
 @pytest.mark.parametrize(
-    ("dtype", "made_in", "head_dim", "group", "slots", "registers"),
+    ("dtype", "made_in", "head_dim", "group", "slots", "begun", "going_on", "registers"),
     [
-        (BF16, BF16, 64, 1, 2, 160),
-        (BF16, FP32, 64, 1, 1, 80),
-        (BF16, BF16, 76, 1, 2, 96),
-        (FP16, FP16, 128, 2, 2, 240),
-        (BF16, BF16, 64, 4, 2, 128),
-        (FP32, FP32, 64, 2, 2, 168),
+        (BF16, BF16, 64, 1, 2, 0, False, 160),
+        (BF16, FP32, 64, 1, 1, 0, False, 80),
+        (BF16, BF16, 76, 1, 2, 0, False, 96),
+        (FP16, FP16, 128, 2, 2, 0, False, 240),
+        (BF16, BF16, 64, 4, 2, 0, False, 128),
+        (FP32, FP32, 64, 2, 2, 0, False, 168),
+        (BF16, BF16, 64, 1, 4, 2, False, 128),
+        (BF16, BF16, 64, 2, 4, 2, False, 168),
+        (FP16, FP16, 76, 3, 4, 2, False, 168),
+        (BF16, BF16, 128, 4, 4, 2, False, 168),
+        (FP32, FP32, 64, 2, 4, 2, False, 176),
+        (BF16, BF16, 64, 1, 2, 0, True, 80),
+        (BF16, BF16, 128, 2, 2, 0, True, 128),
     ],
     ids=str,
 )
@@ -183,40 +190,54 @@ def test_gather_compiles_for_an_h100(
     head_dim: int,
     group: int,
     slots: int,
+    begun: int,
+    going_on: bool,
     registers: int,
     tmp_path: Path,
 ) -> None:
     width = min((8 if head_dim == 76 else 16) // dtype.itemsize, 16 // made_in.itemsize)
-    tile = configs.gather_tile(head_dim=head_dim, group=group, width=width)
+    width = min(width, 4) if begun or going_on else width  # sums of 16 bytes
+    tile = configs.gather_tile(head_dim=head_dim, group=group, width=width, slots=slots)
     own = POINTERS[dtype]
     pointers: dict[str, Any] = dict.fromkeys(("query", "grad_out"), own)
     pointers |= dict.fromkeys(("lse", "delta"), "*fp32")
     pointers |= dict.fromkeys(("rows_table", "numbers_table"), "*i64")
     pointers["gradients"] = POINTERS[made_in]
-    sides = [f"{place}_{side}" for place in ("first", "second") for side in ("key", "value")]
+    places = ("first", "second", "third", "fourth")
+    sides = [f"{place}_{side}" for place in places for side in ("key", "value")]
     pointers |= dict.fromkeys(sides, own)
     # Only the first slot's own layer has run by then.
     starts = {f"{side}_start": POINTERS[made_in] for side in sides if side.startswith("first")}
     pointers |= starts
+    pointers |= {"sums": "*fp32"} if begun else {}
+    pointers |= {"partials": "*fp32"} if going_on else {}
     constants = dict(
         GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
-        SLOTS=slots, READERS=tile.slots, COLUMNS=8, ROWS_UNIFORM=True, NUMBERS_UNIFORM=True,
-        ALIGN=width * dtype.itemsize, GRAD_ALIGN=width * made_in.itemsize,
-        second_key_start=None, second_value_start=None,
+        SLOTS=slots, UNFINISHED=begun, READERS=tile.slots, COLUMNS=8, ROWS_UNIFORM=True,
+        NUMBERS_UNIFORM=True, ALIGN=width * dtype.itemsize, GRAD_ALIGN=width * made_in.itemsize,
+        SUM_ALIGN=width * FP32.itemsize,
     )  # fmt: skip
+    optional = ("sums", "partials", *(f"{side}_start" for side in sides))
+    constants |= {name: None for name in optional if name not in pointers}
     made = compile_for_h100(
         depth_gather.depth_gather_kernel, pointers, constants, num_warps=tile.warps
     )
     assert "tt.dot" not in made.asm["ttgir"]
     assert "ttg.convert_layout" not in made.asm["ttgir"]
-    bits = 8 * width * dtype.itemsize
-    access = {128: "ld.global.v4.b32", 64: "ld.global.v2.b32"}[bits]
-    accesses = tile.tokens * configs.padded(head_dim) // (32 * tile.warps * width)
-    # K and V of each slot; q and do of a step's readers, before the loop and in it; what the first
-    # slot's gradients are added to, wider numbers in as many accesses.
-    read = 2 * (slots + 2 * tile.slots * group)
-    wide = made_in.itemsize == dtype.itemsize or bits == 128
-    assert made.asm["ptx"].count(access) == (read + 2 * wide) * accesses
+    elements = tile.tokens * configs.padded(head_dim) // (32 * tile.warps)  # of a tile in a thread
+    width = min(width, elements)
+    accesses = elements // width
+    # K and V of each slot; q and do of a step's readers, before the loop and in it.
+    read = {width * dtype.itemsize: 2 * (slots + 2 * tile.slots * group)}
+    # What the first slot's gradients are added to, and what the sums start from.
+    for count, size in ((2, made_in.itemsize), (2 * slots * going_on, FP32.itemsize)):
+        read[width * size] = read.get(width * size, 0) + count
+    for size, access in ((16, "ld.global.v4.b32"), (8, "ld.global.v2.b32")):
+        # Numbers of 32 bytes a thread are read in two accesses.
+        expected = read.get(size, 0) + (2 * read.get(32, 0) if size == 16 else 0)
+        assert made.asm["ptx"].count(access) == expected * accesses
+    # Four numbers of each of the sums that are left are written at once.
+    assert made.asm["ptx"].count("st.global.v4.b32") >= 2 * begun * accesses
     used = resources(made, tmp_path)
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
     assert used["REG"] <= registers
