@@ -260,6 +260,7 @@ def ahead_calls(made: Joint, slots: int) -> list[tuple[Any, ...]]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", range(2, 10))
 def test_every_other_gather_begins_the_next_one_s(layers: int, ahead: None) -> None:
     model = stack(layers=layers)
