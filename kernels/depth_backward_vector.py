@@ -41,7 +41,8 @@ def _load_gradients(
     return held
 
 
-@triton.jit
+# For each layer's number of slots none is compiled of its own.
+@triton.jit(do_not_specialize=["slots"])
 def depth_backward_vector_kernel(
     query,
     out,

@@ -19,7 +19,8 @@ import triton.language as tl
 from moda_compile.kernels.tiles import load_slots, program_rows, row_cells, row_offsets, write_table
 
 
-@triton.jit
+# For each layer's number of slots none is compiled of its own.
+@triton.jit(do_not_specialize=["slots"])
 def depth_forward_vector_kernel(
     query,
     sequence_out,

@@ -29,7 +29,8 @@ arguments of its own instead of a table; see `listed`."""
 NAMED = tiles.TABLE_ROWS.value
 """The most slots that a kernel can be given themselves, as arguments; see `named`."""
 
-_NAMED_STEP = 8  # `tiles.write_table` writes rows in groups of so many
+# For each number of rows a kernel is compiled; `tiles.write_table` writes them in groups of eight.
+_NAMED_STEP = 16
 
 _Strides = tuple[int, ...]
 
@@ -279,7 +280,7 @@ def named(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
             values of equal strides, rows of stride 1.
     """
     key, value = depth_k[0], depth_v[0]
-    # A kernel is compiled for each number of groups of rows. The rest repeats the first slot.
+    # The rest repeats the first slot.
     missing = -len(depth_k) % _NAMED_STEP
     pairs = [*zip(depth_k, depth_v, strict=True), *[(key, value)] * missing]
     return Slots(

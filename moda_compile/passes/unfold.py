@@ -2,11 +2,13 @@
 
 To Inductor the operators of `ops` and `gathered` are opaque, and each call runs Python of ours:
 with tens of tensors a call, a step of few tokens takes the GPU less than that takes the host. What
-a call does is the platform's attention and a Triton kernel. Inductor calls both itself, as it calls
-its own kernels, where the graph has them instead; and its buffers take the place of the operator's.
+a call does is the platform's attention and a Triton kernel. Here the graph gets both: Inductor
+calls the attention itself, and an operator launches the kernel (`launches`), of which all but
+addresses is known by then.
 
-Why it is safe: the kernel is given every slot among its arguments (`slot_table.named`), so Inductor
-knows who reads a slot, and how long it must live. What `split.traceable` refuses stays an operator.
+Why it is safe: the operator is given every slot that its kernel reads (`slot_table.named`), so
+Inductor knows who reads a slot, and how long it must live. What `split.traceable` refuses stays as
+it is.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moda_compile import effects, gathered, registration  # noqa: F401  (gathered: operators)
+from moda_compile import gathered, launches, registration  # noqa: F401  (register operators)
 
 _own = torch.ops.moda_compile
 _aten = torch.ops.aten
-_MUTATION = torch.ops.higher_order.triton_kernel_wrapper_mutation
-_FUNCTIONAL = torch.ops.higher_order.triton_kernel_wrapper_functional
+_LAUNCH = _own.launch.default
+_TRACED = torch.ops.higher_order.triton_kernel_wrapper_mutation
 _VIEWS = (
     _aten.view.default,
     _aten._unsafe_view.default,
@@ -61,7 +64,7 @@ def run(graph: Graph) -> None:
             changed |= _replace(graph, node)
     if changed:
         _keep_operands(graph)
-        effects.remember()
+        _compile_ahead(graph)
         graph.lint()
 
 
@@ -144,14 +147,14 @@ def _replace(graph: Graph, node: Node) -> bool:
     forms = [_form(x) for x in ([expected] if single else expected)]
     if [_form(_value(x)) for x in _outputs(body)] != forms:
         return False
-    if any(x.op == "get_attr" for x in body.nodes) or not _without_mutation(body):
+    if any(x.op == "get_attr" for x in body.nodes) or not _record(body):
         return False
     copies: dict[Node, Node] = dict(
         zip(body.find_nodes(op="placeholder"), node.all_input_nodes, strict=True)
     )
     with graph.inserting_before(node):
         graph.graph_copy(body, copies)
-    for launch in body.find_nodes(op="call_function", target=_FUNCTIONAL):
+    for launch in _launches(body):
         _give_addresses(copies[launch])
     results = [copies[x] for x in _outputs(body)]
     if single:
@@ -183,32 +186,72 @@ def _outputs(body: Graph) -> list[Node]:
     return [made] if isinstance(made, Node) else list(made)  # type: ignore[arg-type]
 
 
-def _without_mutation(body: Graph) -> bool:
-    """Make launches return what they write, in place; False where that isn't known.
+def _record(body: Graph) -> bool:
+    """Make launches calls of the operator that returns what they write; False where they write to
+    what is not theirs alone.
 
-    A launch writes to what was allocated for it. (PyTorch's own functionalization would find that
-    out from the kernel's code, compiled anew for each launch: half of a second, for each.)
+    A launch writes to what was allocated for it, and nothing else.
     """
-    for launch in body.find_nodes(op="call_function", target=_MUTATION):
-        given = launch.kwargs["kwargs"]
-        written = {name: x for name, x in given.items() if isinstance(x, Node) and _allocation(x)}
+    for launch in body.find_nodes(op="call_function", target=_TRACED):
+        arguments = _arguments(launch)
+        tensors = {name: x for name, x in arguments.items() if isinstance(x, Node)}
+        written = {name: x for name, x in tensors.items() if _allocation(x)}
         # Another view of what was allocated would go on showing what it was before.
         viewed = [y for x in written.values() for y in _chain(x)[1:]]
         if any(len(y.users) > 1 for y in viewed) or len({*written.values()}) < len(written):
             return False
-        options = {**launch.kwargs, "tensors_to_clone": list(written)}
+        given = [*dict.fromkeys(x for name, x in tensors.items() if name not in written)]
+        results = {x: [y for y in x.users if y is not launch] for x in written.values()}
         with body.inserting_before(launch):
-            made = body.call_function(_FUNCTIONAL, (), options)
-            made.meta = {**launch.meta, "val": {name: _value(x) for name, x in written.items()}}
-            if "eager_input_vals" in made.meta:
-                made.meta["eager_input_vals"] = (), torch.fx.node.map_arg(options, _value)
-            for name, x in written.items():
-                result = body.call_function(operator.getitem, (made, name))
-                result.meta = dict(x.meta)
-                for user in set(x.users) - {launch, made}:
+            made = _call(body, _LAUNCH, given, _text(launch, arguments, given, results))
+            returned = [x for x, users in results.items() if users]
+            for i, x in enumerate(returned):
+                result = _call(body, operator.getitem, made, i)
+                for user in results[x]:
                     user.replace_input_with(x, result)
         body.erase_node(launch)
+    body.eliminate_dead_code()
     return True
+
+
+def _text(
+    launch: Node, arguments: dict[str, Any], given: list[Node], results: dict[Node, list[Node]]
+) -> str:
+    """What `kernels.recorded` keeps of a traced launch; results: what it writes, and its users."""
+    from moda_compile.kernels import recorded
+
+    # PyTorch wraps the options of a launch, such as num_warps, into an autotuner.
+    kernel: Any = kernel_side_table.get_kernel(launch.kwargs["kernel_idx"])  # type: ignore[arg-type]
+    (options,) = kernel.configs
+    ((programs, *others),) = cast(list[tuple[int, ...]], launch.kwargs["grid"])
+    assert all(n == 1 for n in others)
+    numbers = {x: recorded.At(i) for i, x in enumerate((*given, *results))}
+    return recorded.record(
+        kernel.fn,
+        grid=programs,
+        arguments={name: numbers[x] if isinstance(x, Node) else x for name, x in arguments.items()},
+        given=[_value(x).dtype for x in given],
+        made=[
+            recorded.Made(
+                shape=tuple(_value(x).shape),
+                stride=_value(x).stride(),
+                dtype=_value(x).dtype,
+                returned=bool(users),
+            )
+            for x, users in results.items()
+        ],
+        options={"num_warps": options.num_warps, "num_stages": options.num_stages},
+    )
+
+
+def _arguments(launch: Node) -> dict[str, Any]:
+    """Of a traced launch, by name."""
+    constants = kernel_side_table.get_constant_args(launch.kwargs["constant_args_idx"])  # type: ignore[arg-type]
+    return {**constants, **launch.kwargs["kwargs"]}  # type: ignore[dict-item]
+
+
+def _launches(graph: Graph) -> list[Node]:
+    return list(graph.find_nodes(op="call_function", target=_LAUNCH))
 
 
 def _allocation(node: Node) -> bool:
@@ -230,19 +273,19 @@ def _is_view(node: Node) -> bool:
 
 
 def _give_addresses(launch: Node) -> None:
-    """Hand a kernel the tensors whose views it was given, where they begin at the same address.
+    """Hand a launch the tensors whose views it was given, where they begin at the same address.
 
     Of a tensor it gets no more than the address. Inductor makes a tensor of each view in front of
-    each launch, and there are tens.
+    each call, and there are tens.
     """
-    written = launch.kwargs["tensors_to_clone"]
-    given = dict(launch.kwargs["kwargs"])  # type: ignore[arg-type]
-    for name, x in given.items():
-        if isinstance(x, Node) and name not in written:  # type: ignore[operator]
-            given[name] = next(y for y in reversed(_chain(x)) if _offset(y) == _offset(x))
-    launch.kwargs = {**launch.kwargs, "kwargs": given}
-    if "eager_input_vals" in launch.meta:  # Inductor keeps to their strides
-        launch.meta["eager_input_vals"] = (), torch.fx.node.map_arg(launch.kwargs, _value)
+    tensors, text = launch.args
+    bases = [
+        next(y for y in reversed(_chain(x)) if _offset(y) == _offset(x))
+        for x in cast(list[Node], tensors)
+    ]
+    launch.args = (bases, text)
+    # Inductor keeps to their strides.
+    launch.meta["eager_input_vals"] = torch.fx.node.map_arg(launch.args, _value), {}
 
 
 def _keep_sums(graph: Graph, node: Node) -> None:
@@ -275,12 +318,16 @@ def _keep_operands(graph: Graph) -> None:
     Inductor may compute anew, for each of its readers, what is not a buffer yet: a gradient that
     was padded on its way would be written for each of the gathers that read it. See `_keep_sums`.
     """
-    for launch in graph.find_nodes(op="call_function", target=_FUNCTIONAL):
-        written = launch.kwargs["tensors_to_clone"]
-        given = launch.kwargs["kwargs"]
-        for name, x in given.items():
-            if isinstance(x, Node) and name not in written:
-                _keep(graph, _chain(x)[-1])
+    for launch in _launches(graph):
+        for x in cast(list[Node], launch.args[0]):
+            _keep(graph, _chain(x)[-1])
+
+
+def _compile_ahead(graph: Graph) -> None:
+    from moda_compile.kernels import recorded
+
+    for text in dict.fromkeys(cast(str, launch.args[1]) for launch in _launches(graph)):
+        recorded.compile_ahead(text)
 
 
 def _keep(graph: Graph, node: Node) -> None:
@@ -299,7 +346,8 @@ def _keep(graph: Graph, node: Node) -> None:
 def _call(graph: Graph, target: Any, *args: Any) -> Node:
     node = graph.call_function(target, args)
     fakes = torch.fx.node.map_arg(args, _value)
-    with fakes[0].fake_mode:
+    first = fakes[0][0] if isinstance(fakes[0], list) else fakes[0]
+    with first.fake_mode:
         node.meta["val"] = target(*fakes)
     return node
 

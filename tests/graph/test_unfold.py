@@ -5,7 +5,6 @@ With fake CUDA tensors: nothing is launched, and the platform's attention is sai
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
-from torch._higher_order_ops import triton_kernel_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,15 +19,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton")
 
-from moda_compile import effects, gathered, kernels, ops  # noqa: E402, F401  (the operators)
-from moda_compile.kernels import launch, slot_table  # noqa: E402
+from moda_compile import gathered, kernels, ops  # noqa: E402, F401  (register the operators)
+from moda_compile.kernels import launch, recorded, slot_table  # noqa: E402
 from moda_compile.passes import unfold  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.EMULATED, reason="an interpreted kernel can't be traced")
 
 OPS = torch.ops.moda_compile
 ATEN = torch.ops.aten
-LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
+LAUNCH = OPS.launch.default
 B, H, T, D = 1, 4, 32, 64
 
 
@@ -66,11 +64,43 @@ def unfolded(call: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Graph,
 
 
 def own(graph: Graph) -> list[Node]:
-    return [n for n in graph.nodes if getattr(n.target, "namespace", "") == "moda_compile"]
+    """Operators of the library's that are no launches."""
+    found = [n for n in graph.nodes if getattr(n.target, "namespace", "") == "moda_compile"]
+    return [n for n in found if n.target is not LAUNCH]
 
 
 def launches(graph: Graph) -> list[dict[str, Any]]:
-    return [n.kwargs["kwargs"] for n in graph.nodes if n.target is LAUNCH]
+    """Of each launch, the kernel's arguments by name: of what it makes, the node that the graph has
+    of it, or, where it has none, `recorded.Made`.
+    """
+    found = []
+    for node in graph.find_nodes(op="call_function", target=LAUNCH):
+        given, text = node.args
+        read = recorded._read(text)
+        taken = {user.args[1]: user for user in node.users}
+        order = [i for i, x in enumerate(read.made) if x.returned]
+        made = [taken[order.index(i)] if i in order else x for i, x in enumerate(read.made)]
+        tensors = [*given, *made]
+        found.append(
+            {
+                parameter.name: tensors[x["tensor"]] if isinstance(x, dict) else x
+                for parameter, x in zip(read.function.params, read.arguments, strict=True)
+            }
+        )
+    return found
+
+
+def written(graph: Graph) -> list[list[str]]:
+    """Names of what each launch makes."""
+    nodes = graph.find_nodes(op="call_function", target=LAUNCH)
+    return [
+        sorted(
+            name
+            for name, x in call.items()
+            if isinstance(x, recorded.Made) or (isinstance(x, Node) and node in x.all_input_nodes)
+        )
+        for node, call in zip(nodes, launches(graph), strict=True)
+    ]
 
 
 def named(call: dict[str, Any], letter: str) -> list[Any]:
@@ -132,10 +162,9 @@ def test_backward_and_gathering() -> None:
     assert named(gathering, "n") == [q, grad]
     lse, delta = named(gathering, "m")
     assert lse is backward["lse"]
-    assert delta.args[1] == "delta_out"
+    assert delta is backward["delta_out"]
     # Written to what was allocated for it, and nothing else.
-    written = [n.kwargs["tensors_to_clone"] for n in after.nodes if n.target is LAUNCH]
-    assert [sorted(x) for x in written] == [
+    assert written(after) == [
         ["lse", "out", "table"],
         ["delta_out", "grad_query", "table"],
         ["gradients", "numbers_table", "rows_table"],
@@ -164,12 +193,10 @@ def test_sums_that_one_gather_leaves_to_another() -> None:
     assert (second["SLOTS"], second["UNFINISHED"], second.get("sums")) == (2, 0, None)
     # What the one has written is what the other starts from, and nothing is copied in between.
     partials = second["partials"]
-    assert (partials.target, partials.args[1]) == (operator.getitem, "sums")
-    assert partials.args[0].kwargs["kwargs"] == first
+    assert partials is first["sums"]
     assert partials.meta["val"].dtype == torch.float32
     assert not [n for n in after.nodes if n.target is ATEN.clone.default]
-    written = [n.kwargs["tensors_to_clone"] for n in after.nodes if n.target is LAUNCH]
-    assert [sorted(x) for x in written] == [
+    assert written(after) == [
         ["gradients", "numbers_table", "rows_table", "sums"],
         ["gradients", "numbers_table", "rows_table"],
     ]
@@ -220,23 +247,13 @@ def test_kernels_get_tensors_for_views_that_begin_where_they_do() -> None:
     assert value.meta["val"].storage_offset() == H * D
 
 
-def test_what_a_kernel_writes_to_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By PyTorch, which asks for each launch, and for each of those twice."""
+def test_layers_launch_the_same_kernel() -> None:
+    """Compiled once: whatever the number of slots, up to 16."""
     with FakeTensorMode():
-        graphs = [unfolded(attend(n), [tensor() for _ in range(3 + 2 * n)])[1] for n in (2, 3)]
-    asked = []
-    remembered = effects._Remembered(lambda kernel, kwargs, metadata: asked.append(kwargs))
-    for graph in graphs:
-        (node,) = graph.find_nodes(op="call_function", target=LAUNCH)
-        kernel = triton_kernel_wrap.kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-        constants = node.kwargs["constant_args_idx"]
-        given = {
-            **triton_kernel_wrap.kernel_side_table.get_constant_args(constants),
-            **torch.fx.node.map_arg(node.kwargs["kwargs"], lambda x: x.meta["val"]),
-        }
-        for _ in range(2):
-            remembered(kernel, given, {})
-    assert [x["slots"] for x in asked] == [2]
+        graphs = [unfolded(attend(n), [tensor() for _ in range(3 + 2 * n)])[1] for n in (1, 2, 16)]
+    texts = [n.args[1] for g in graphs for n in g.nodes if n.target is LAUNCH]
+    assert len({*texts}) == 3
+    assert len({recorded._read(text).source_key for text in texts}) == 1
 
 
 def test_what_several_launches_read_is_made_once() -> None:

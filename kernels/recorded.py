@@ -1,0 +1,275 @@
+"""Launches that a graph keeps as text: all of a launch but its tensors is known when it is traced.
+
+Each layer of a model launches two or three kernels a step, with tens of tensors each. A launch by
+PyTorch's or Triton's own ways looks at every argument anew, asks the driver about every pointer,
+and takes the host 40 to 80 us, where a step of few tokens takes the GPU less. Here a launch is text
+(`record`): the kernel, its grid, its numbers, where tensors go among them, and which tensors it
+makes. What can be read from that is read once for each text; a call (`run`) fills in addresses.
+
+The text names the kernel and holds no address, so a graph that has it may come from a cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moda_compile.kernels import launch
+
+_OWN = "moda_compile.kernels."
+_POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
+}  # fmt: skip
+_DIVISIBLE = [["tt.divisibility", launch.WIDEST_ACCESS]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A tensor that a launch makes and writes; returned: or only uses itself."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    returned: bool
+
+
+@dataclass(frozen=True)
+class At:
+    """Stands for a tensor among a kernel's arguments: the given ones are counted first, then those
+    that the launch makes.
+    """
+
+    number: int
+
+
+def record(
+    kernel: Any,
+    *,
+    grid: int,
+    arguments: Mapping[str, Any],
+    given: Sequence[torch.dtype],
+    made: Sequence[Made],
+    options: Mapping[str, int],
+) -> str:
+    """A launch as text.
+
+    Args:
+        kernel: a Triton function of this package.
+        grid: programs.
+        arguments: by name, tensors as `At`; one that is left out has its default.
+        given: dtypes of the tensors that `run` will be given.
+        made: the tensors that it will make.
+        options: num_warps, num_stages.
+    """
+    values = [arguments[x.name] if x.name in arguments else x.default for x in kernel.params]
+    return json.dumps(
+        {
+            "kernel": f"{kernel.__module__.removeprefix(_OWN)}.{kernel.__name__}",
+            "grid": grid,
+            "arguments": [{"tensor": x.number} if isinstance(x, At) else x for x in values],
+            "dtypes": [_name(dtype) for dtype in (*given, *(x.dtype for x in made))],
+            "made": [[x.shape, x.stride, x.returned] for x in made],
+            "options": dict(options),
+        }
+    )
+
+
+def results(text: str) -> list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
+    """(shape, strides, dtype) of what :func:`run` returns."""
+    return [(x.shape, x.stride, x.dtype) for x in _read(text).made if x.returned]
+
+
+def run(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
+    """Launch: make the tensors that are its own, and return those that are its results.
+
+    Args:
+        tensors: as `record`'s given, all on one GPU, each beginning where it did in the trace.
+        text: of :func:`record`.
+    """
+    device = tensors[0].get_device()
+    prepared = _prepared.get((text, device))
+    if prepared is None:
+        prepared = _prepared[text, device] = _prepare(text, device)
+    made = [
+        torch.empty_strided(shape, stride, dtype=dtype, device=prepared.device)
+        for shape, stride, dtype in prepared.made
+    ]
+    addresses = [x.data_ptr() for x in tensors]
+    addresses += [x.data_ptr() for x in made]
+    arguments = prepared.arguments.copy()
+    for place, index in prepared.places:
+        arguments[place] = addresses[index]
+    with launch.on_device(tensors[0]):
+        prepared.compiled[prepared.grid](*arguments)
+    return [made[i] for i in prepared.returned]
+
+
+def compile_ahead(text: str) -> None:
+    """Have one of Inductor's idle processes compile the kernel, where it has them and there is a
+    GPU: until the launch, most of a model is yet to be compiled. The result goes through Triton's
+    cache on the disk.
+    """
+    if not torch.cuda.is_available():
+        return
+    source = _read(text).source_key
+    if source in _ahead:
+        return
+    target = triton.runtime.driver.active.get_current_target()
+    what = (text, (target.backend, target.arch, target.warp_size), triton.knobs.cache.dir)
+    try:
+        from torch._inductor.async_compile import AsyncCompile
+
+        if AsyncCompile.use_process_pool():
+            _ahead[source] = AsyncCompile.process_pool().submit(_compile_elsewhere, *what)
+    except Exception:  # PyTorch's own business: the kernel is then compiled in its first launch
+        return
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What a launch of one text on one device needs.
+
+    arguments: all of the kernel's in order, of tensors anything; places: (place among these, number
+    of the tensor: given ones first). made: what to make; returned: which of these are results.
+    """
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: list[Any]
+    places: list[tuple[int, int]]
+    made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+    returned: list[int]
+    device: torch.device
+
+
+_prepared: dict[tuple[str, int], _Prepared] = {}
+_ahead: dict[str, Future[Any]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Launch:
+    """A text, read."""
+
+    kernel: str
+    grid: int
+    arguments: list[Any]
+    dtypes: list[torch.dtype]
+    made: list[Made]
+    options: dict[str, int]
+
+    @property
+    def function(self) -> Any:
+        """The Triton function."""
+        module, _, name = self.kernel.rpartition(".")
+        return getattr(importlib.import_module(_OWN + module), name)
+
+    @property
+    def source_key(self) -> str:
+        """All that the compiled kernel depends on."""
+        signature, constants, attributes = _specialised(self)
+        return json.dumps([self.kernel, signature, constants, attributes, self.options])
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(text: str) -> _Launch:
+    found = json.loads(text)
+    dtypes = [getattr(torch, name) for name in found["dtypes"]]
+    own = dtypes[len(dtypes) - len(found["made"]) :]
+    return _Launch(
+        kernel=found["kernel"],
+        grid=found["grid"],
+        arguments=found["arguments"],
+        dtypes=dtypes,
+        made=[
+            Made(shape=tuple(shape), stride=tuple(stride), dtype=dtype, returned=returned)
+            for (shape, stride, returned), dtype in zip(found["made"], own, strict=True)
+        ],
+        options=found["options"],
+    )
+
+
+def _prepare(text: str, device: int) -> _Prepared:
+    read = _read(text)
+    future = _ahead.get(read.source_key)
+    if future is not None:
+        try:
+            future.result()
+        except Exception:  # that process has failed, and so would this one, with its own message
+            pass
+    place = _device(device)
+    with torch.cuda.device(place):
+        compiled = _compile(read, triton.runtime.driver.active.get_current_target())
+    places = [(i, x["tensor"]) for i, x in enumerate(read.arguments) if isinstance(x, dict)]
+    return _Prepared(
+        compiled=compiled,
+        grid=(read.grid, 1, 1),
+        arguments=list(read.arguments),
+        places=places,
+        made=[(x.shape, x.stride, x.dtype) for x in read.made],
+        returned=[i for i, x in enumerate(read.made) if x.returned],
+        device=place,
+    )
+
+
+def _device(number: int) -> torch.device:
+    return torch.device("cuda", number)
+
+
+def _compile(read: _Launch, target: GPUTarget) -> Any:
+    function = read.function
+    signature, constants, attributes = _specialised(read)
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(function.arg_names.index(name),): x for name, x in constants.items()},
+        attrs={(place,): _DIVISIBLE for place in attributes},
+    )
+    return triton.compile(source, target=target, options=read.options)
+
+
+def _compile_elsewhere(text: str, target: tuple[Any, ...], cache: str) -> None:
+    """In another process, without its GPU: leave the compiled kernel in Triton's cache."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    _compile(_read(text), GPUTarget(*target))
+
+
+def _specialised(read: _Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
+    """Types of the kernel's arguments, values of those that are constants, and the places of those
+    that are multiples of 16: by Triton's own rules, which compile a 1 into the kernel.
+
+    Tensors begin on 16-byte boundaries, as traced ones are taken to (see `launch.alignment`).
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: list[int] = []
+    for place, (parameter, x) in enumerate(zip(read.function.params, read.arguments, strict=True)):
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or x is None or (free and type(x) is int and x == 1):
+            kind, constants[parameter.name] = "constexpr", x
+        elif isinstance(x, dict):
+            kind = _POINTERS[read.dtypes[x["tensor"]]]
+            attributes.append(place)
+        elif type(x) is int:
+            kind = "i32" if -(1 << 31) <= x < 1 << 31 else "i64"
+            if free and x % launch.WIDEST_ACCESS == 0:
+                attributes.append(place)
+        else:
+            kind = "fp32"
+        signature[parameter.name] = kind
+    return signature, constants, attributes
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

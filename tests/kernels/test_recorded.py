@@ -1,0 +1,169 @@
+"""Launches as text: what a call fills in, and what a kernel is compiled for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from moda_compile.kernels import depth_forward_vector, launch, recorded  # noqa: E402
+from moda_compile.kernels.recorded import At, Made  # noqa: E402
+
+pytestmark = pytest.mark.skipif(launch.EMULATED, reason="the kernels are interpreted")
+
+KERNEL = depth_forward_vector.depth_forward_vector_kernel
+BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
+H100 = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+TENSORS = {"query": 0, "sequence_out": 1, "sequence_lse": 2, "key": 3, "value": 4}
+OWN = {"out": 5, "lse": 6, "table": 7}
+NUMBERS = {"slots": 2, "tokens": 12, "kv_heads": 3, "scale": 0.25}
+CONSTANTS: dict[str, Any] = dict(
+    GROUP=1, HEAD_DIM=16, PADDED_DIM=16, ROWS=8, SLOTS=2, AHEAD=True, COLUMNS=8, TABLE=True,
+    UNIFORM=True, ALIGN=16, SLOT_ALIGN=16,
+)  # fmt: skip
+
+
+def text(**changed: Any) -> str:
+    """A launch with two slots, of which key and value are the first; the second is `query`'s."""
+    strides = {x.name: 48 for x in KERNEL.params if "stride" in x.name}
+    strides |= {"sequence_lse_stride_token": 1, "lse_stride_token": 1}
+    tensors = {name: At(number) for name, number in (TENSORS | OWN).items()}
+    slots = {"n0": At(3), "n1": At(4), "n2": At(0), "n3": At(0)}
+    slots |= {f"n{i}": At(3 + i % 2) for i in range(4, 16)}
+    return recorded.record(
+        KERNEL,
+        grid=9,
+        arguments={**strides, **tensors, **slots, **NUMBERS, **CONSTANTS, **changed},
+        given=[BF16, BF16, FP32, BF16, BF16],
+        made=[
+            Made(shape=(1, 3, 4, 16), stride=(192, 16, 48, 1), dtype=BF16, returned=True),
+            Made(shape=(1, 3, 4), stride=(12, 4, 1), dtype=FP32, returned=True),
+            Made(shape=(2, 48, 8), stride=(384, 8, 1), dtype=INT64, returned=False),
+        ],
+        options={"num_warps": 4, "num_stages": 3},
+    )
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """Arguments of each launch, instead of a launch."""
+    seen: list[tuple[Any, ...]] = []
+    compiled: list[Any] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda *arguments: seen.append((grid, *arguments))
+
+    def compile_(read: Any, target: Any) -> Any:
+        compiled.append(read)
+        return Compiled()
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: H100))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    monkeypatch.setattr(recorded, "_compile", compile_)
+    monkeypatch.setattr(recorded, "_prepared", {})
+    monkeypatch.setattr(recorded, "_device", lambda number: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    yield seen
+    assert len(compiled) == 1
+
+
+def inputs() -> list[torch.Tensor]:
+    rows = [torch.randn(1, 4, 3, 16, dtype=BF16).transpose(1, 2) for _ in range(4)]
+    return [*rows[:2], torch.randn(1, 3, 4), *rows[2:]]
+
+
+def test_a_call_fills_in_addresses(launched: list[tuple[Any, ...]]) -> None:
+    for _ in range(2):
+        given = inputs()
+        out, lse = recorded.run(given, text())
+        grid, *arguments = launched.pop()
+        assert grid == (9, 1, 1)
+        found = dict(zip(KERNEL.arg_names, arguments, strict=True))
+        assert all(found[x] == given[number].data_ptr() for x, number in TENSORS.items())
+        assert (found["out"], found["lse"]) == (out.data_ptr(), lse.data_ptr())
+        assert [found[f"n{i}"] for i in range(4)] == [given[i].data_ptr() for i in (3, 4, 0, 0)]
+        assert found["n16"] is None
+        assert {x: found[x] for x in {**NUMBERS, **CONSTANTS}} == {**NUMBERS, **CONSTANTS}
+        forms = [(tuple(x.shape), x.stride(), x.dtype) for x in (out, lse)]
+        assert forms == recorded.results(text())
+
+
+def test_signature_is_by_triton_s_rules() -> None:
+    def found(**changed: Any) -> tuple[dict[str, str], dict[str, Any], set[str]]:
+        read = recorded._read(text(**changed))
+        signature, constants, attributes = recorded._specialised(read)
+        return signature, constants, {KERNEL.arg_names[place] for place in attributes}
+
+    signature, constants, divisible = found()
+    assert (signature["query"], signature["lse"], signature["table"]) == ("*bf16", "*fp32", "*i64")
+    assert (signature["scale"], signature["tokens"]) == ("fp32", "i32")
+    assert constants["lse_stride_token"] == 1  # compiled in
+    assert constants["n16"] is None
+    assert {"query", "n0", "key_stride_head"} <= divisible
+    assert not {"tokens", "kv_heads", "scale", "slots"} & divisible
+    assert found(slots=1) == found(slots=16) == found(slots=2)
+    assert "tokens" in found(tokens=32)[2]
+    assert found(key_stride_batch=1 << 31)[0]["key_stride_batch"] == "i64"
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [({"slots": 9}, True), ({"tokens": 13}, True), ({"tokens": 16}, False), ({"GROUP": 2}, False)],
+    ids=str,
+)
+def test_what_compiles_anew(changed: dict[str, Any], same: bool) -> None:
+    keys = [recorded._read(x).source_key for x in (text(), text(**changed))]
+    assert (keys[0] == keys[1]) == same
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    read = recorded._read(text())
+    assert read.arguments[KERNEL.arg_names.index("n95")] is None
+    assert read.options == {"num_warps": 4, "num_stages": 3}
+
+
+def test_compiles_for_an_h100() -> None:
+    made = recorded._compile(recorded._read(text()), H100)
+    assert made.metadata.name == KERNEL.__name__
+    assert made.metadata.num_warps == 4
+    assert "cubin" in made.asm
+
+
+def test_another_process_leaves_it_in_triton_s_cache(tmp_path: Path) -> None:
+    """Which imports no more than it needs for that, and has no GPU."""
+    (folder := tmp_path / "cache").mkdir()
+    program = (
+        "import sys; from moda_compile.kernels import recorded; "
+        "recorded._compile_elsewhere(sys.argv[1], ('cuda', 90, 32), sys.argv[2])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run(
+        [sys.executable, "-c", program, text(), str(folder)],
+        check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    kept = list(folder.rglob("*.cubin"))
+    assert [x.stem for x in kept] == [KERNEL.__name__]
+    before = kept[0].stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        recorded._compile(recorded._read(text()), H100)
+    assert [x.stat().st_mtime_ns for x in folder.rglob("*.cubin")] == [before]
+
+
+def test_nothing_is_compiled_ahead_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    before = dict(recorded._ahead)
+    recorded.compile_ahead(text())
+    assert recorded._ahead == before
