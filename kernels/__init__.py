@@ -173,7 +173,9 @@ def gathers(*, device_type: str, dtype: torch.dtype, head_dim: int, group: int) 
     return served and few and products == "vector"
 
 
-def gathers_ahead(*, dtype: torch.dtype, group: int, readers: int, slots: int) -> bool:
+def gathers_ahead(
+    *, dtype: torch.dtype, head_dim: int, group: int, readers: int, slots: int
+) -> bool:
     """Whether a launch that gathers slots begins the next ones' gradients, too.
 
     The next launch then starts from these sums and doesn't read q and do of the readers so far once
@@ -181,17 +183,23 @@ def gathers_ahead(*, dtype: torch.dtype, group: int, readers: int, slots: int) -
 
         saved: 2 size group readers;  cost: 2 (2 wide + size) slots
 
-    as sums of keys and of values are written and read, and K and V read in both launches. More
-    slots also take more registers, so it must save half as much again as it costs.
+    as sums of keys and of values are written and read, and K and V read in both launches. Four
+    slots also take more registers, so fewer loads are on their way. Measured on an H100
+    (benchmarks/results/counters.json), in bf16: a launch that begins two slots moves 2.1 TB/s where
+    one that does not moves 2.7 (group 2, d=64), which eats up what is saved unless that is about
+    three times the cost. At d=80, of whose registers three eighths are padding, it is 1.6 of 2.2,
+    and nothing is left.
 
     Args:
-        dtype: of q, k, v. group: query heads per key head. readers: that both launches would read.
-        slots: to begin.
+        dtype: of q, k, v. head_dim: d. group: query heads per key head. readers: that both launches
+            would read. slots: to begin.
     """
+    from moda_compile.kernels import configs
+
     wide = torch.promote_types(dtype, torch.float32).itemsize
     saved = 2 * dtype.itemsize * group * readers
     cost = 2 * (2 * wide + dtype.itemsize) * slots
-    return 2 * saved >= 3 * cost
+    return configs.padded(head_dim) == head_dim and saved >= 3 * cost
 
 
 def row_elements(lowering: Lowering, head_dim: int) -> int | None:

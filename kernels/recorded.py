@@ -14,9 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,7 @@ _OWN = "moda_compile.kernels."
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
 }  # fmt: skip
+_PATIENCE = 60.0  # seconds that another process may take longer than all else has
 _DIVISIBLE = [["tt.divisibility", launch.WIDEST_ACCESS]]
 
 
@@ -127,12 +127,14 @@ def compile_ahead(text: str) -> None:
     if source in _ahead:
         return
     target = triton.runtime.driver.active.get_current_target()
-    what = (text, (target.backend, target.arch, target.warp_size), triton.knobs.cache.dir)
+    folder = triton.knobs.cache.dir
+    what = (text, (target.backend, target.arch, target.warp_size), folder)
     try:
         from torch._inductor.async_compile import AsyncCompile
 
         if AsyncCompile.use_process_pool():
-            _ahead[source] = AsyncCompile.process_pool().submit(_compile_elsewhere, *what)
+            made = AsyncCompile.process_pool().submit(_compile_elsewhere, *what)
+            _ahead[source] = made, folder
     except Exception:  # PyTorch's own business: the kernel is then compiled in its first launch
         return
 
@@ -155,7 +157,9 @@ class _Prepared:
 
 
 _prepared: dict[tuple[str, int], _Prepared] = {}
-_ahead: dict[str, Future[Any]] = {}
+# What is being compiled elsewhere, and the folder of Triton's cache that it goes to. This
+# process's own may be another by the launch: Inductor sets it on its way.
+_ahead: dict[str, tuple[Future[Any], str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,15 +206,12 @@ def _read(text: str) -> _Launch:
 
 def _prepare(text: str, device: int) -> _Prepared:
     read = _read(text)
-    future = _ahead.get(read.source_key)
-    if future is not None:
-        try:
-            future.result()
-        except Exception:  # that process has failed, and so would this one, with its own message
-            pass
-    place = _device(device)
+    place, folder = _device(device), None
+    if read.source_key in _ahead:
+        future, folder = _ahead[read.source_key]
+        wait([future], _PATIENCE)  # if that has failed, so will this process, with its own message
     with torch.cuda.device(place):
-        compiled = _compile(read, triton.runtime.driver.active.get_current_target())
+        compiled = _compile(read, triton.runtime.driver.active.get_current_target(), folder)
     places = [(i, x["tensor"]) for i, x in enumerate(read.arguments) if isinstance(x, dict)]
     return _Prepared(
         compiled=compiled,
@@ -227,7 +228,8 @@ def _device(number: int) -> torch.device:
     return torch.device("cuda", number)
 
 
-def _compile(read: _Launch, target: GPUTarget) -> Any:
+def _compile(read: _Launch, target: GPUTarget, folder: str | None = None) -> Any:
+    """The compiled kernel; folder: of Triton's cache, by default its own."""
     function = read.function
     signature, constants, attributes = _specialised(read)
     source = ASTSource(
@@ -236,13 +238,15 @@ def _compile(read: _Launch, target: GPUTarget) -> Any:
         constexprs={(function.arg_names.index(name),): x for name, x in constants.items()},
         attrs={(place,): _DIVISIBLE for place in attributes},
     )
-    return triton.compile(source, target=target, options=read.options)
+    cache = triton.knobs.cache
+    with cache.scope():
+        cache.dir = folder or cache.dir
+        return triton.compile(source, target=target, options=read.options)
 
 
-def _compile_elsewhere(text: str, target: tuple[Any, ...], cache: str) -> None:
+def _compile_elsewhere(text: str, target: tuple[Any, ...], folder: str) -> None:
     """In another process, without its GPU: leave the compiled kernel in Triton's cache."""
-    os.environ["TRITON_CACHE_DIR"] = cache
-    _compile(_read(text), GPUTarget(*target))
+    _compile(_read(text), GPUTarget(*target), folder)
 
 
 def _specialised(read: _Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:

@@ -287,9 +287,9 @@ def _begun(
     if together is None or not _in_order([*missing.values()]):
         return None
     both = set().union(*gather.readers.values()) & set().union(*ran.values())
-    dtype = _value(chain[0].call["q"]).dtype
-    what = {"dtype": dtype, "group": _group(chain), "slots": len(following.slots)}
-    if not kernels.gathers_ahead(**what, readers=len(both)):
+    q = _value(chain[0].call["q"])
+    what = {"dtype": q.dtype, "head_dim": int(q.shape[3]), "group": _group(chain)}
+    if not kernels.gathers_ahead(**what, readers=len(both), slots=len(following.slots)):
         return None
     return [
         replace(gather, begun=following.slots, readers=gather.readers | ran),

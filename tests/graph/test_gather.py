@@ -344,7 +344,7 @@ def test_the_library_is_asked_what_would_be_saved(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernels, "gathers_ahead", gathers_ahead)
     model = stack(layers=9, groups=2)
     made = check(model, model.config.inputs())
-    base = dict(dtype=torch.float64, group=2, slots=2)
+    base = dict(dtype=torch.float64, head_dim=model.config.head_dim, group=2, slots=2)
     assert asked == [base | dict(readers=2), base | dict(readers=4)]
     assert [call[6] for call in made.calls(GATHER)] == [[1, 2], [3, 4, 4, 4], [1, 2], [7, 8]]
 
@@ -433,14 +433,16 @@ def test_gathers(what: dict[str, Any], expected: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("what", "readers"), [
-    ({}, 15),
-    ({"slots": 1}, 8),
-    ({"group": 2}, 8),
-    ({"group": 4}, 4),
-    ({"dtype": torch.float32}, 9),
+    ({}, 30),
+    ({"slots": 1}, 15),
+    ({"group": 2}, 15),
+    ({"group": 4, "head_dim": 128}, 8),
+    ({"dtype": torch.float32}, 18),
 ], ids=str)  # fmt: skip
 def test_gathers_ahead(what: dict[str, Any], readers: int) -> None:
-    """From so many readers on: 4 bytes each and head of a group, for 1.5 times 20 a slot."""
-    base: dict[str, Any] = dict(dtype=torch.bfloat16, group=1, slots=2)
+    """From so many readers on: 4 bytes each and head of a group, for 3 times 20 a slot."""
+    base: dict[str, Any] = dict(dtype=torch.bfloat16, head_dim=64, group=1, slots=2)
     assert kernels.gathers_ahead(**base | what, readers=readers)
     assert not kernels.gathers_ahead(**base | what, readers=readers - 1)
+    padded = base | what | {"head_dim": 80}
+    assert not kernels.gathers_ahead(**padded, readers=10 * readers)

@@ -6,7 +6,9 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +66,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
         def __getitem__(self, grid: tuple[int, int, int]) -> Any:
             return lambda *arguments: seen.append((grid, *arguments))
 
-    def compile_(read: Any, target: Any) -> Any:
+    def compile_(read: Any, target: Any, folder: str | None) -> Any:
         compiled.append(read)
         return Compiled()
 
@@ -155,10 +157,25 @@ def test_another_process_leaves_it_in_triton_s_cache(tmp_path: Path) -> None:
     kept = list(folder.rglob("*.cubin"))
     assert [x.stem for x in kept] == [KERNEL.__name__]
     before = kept[0].stat().st_mtime_ns
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(folder))
-        recorded._compile(recorded._read(text()), H100)
+    recorded._compile(recorded._read(text()), H100, str(folder))
     assert [x.stat().st_mtime_ns for x in folder.rglob("*.cubin")] == [before]
+
+
+def test_a_launch_waits_for_what_is_compiled_elsewhere(
+    launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+    inner = recorded._compile
+    monkeypatch.setattr(
+        recorded, "_compile", lambda *what: (folders.append(what[2]), inner(*what))[1]
+    )
+    with ThreadPoolExecutor(1) as pool:
+        waited = pool.submit(lambda: time.sleep(0.3))
+        ahead = {recorded._read(text()).source_key: (waited, "/a/folder")}
+        monkeypatch.setattr(recorded, "_ahead", ahead)
+        recorded.run(inputs(), text())
+        assert waited.done()
+    assert folders == ["/a/folder"]
 
 
 def test_nothing_is_compiled_ahead_without_a_gpu() -> None:
