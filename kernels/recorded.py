@@ -116,25 +116,27 @@ def run(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
     return [made[i] for i in prepared.returned]
 
 
-def compile_ahead(text: str) -> None:
+def compile_ahead(text: str, device: int) -> None:
     """Have one of Inductor's idle processes compile the kernel, where it has them and there is a
     GPU: until the launch, most of a model is yet to be compiled. The result goes through Triton's
     cache on the disk.
+
+    Args:
+        text: of :func:`record`. device: number of the GPU.
     """
     if not torch.cuda.is_available():
         return
-    source = _read(text).source_key
-    if source in _ahead:
+    key = _read(text).source_key, device
+    if key in _ahead:
         return
-    target = triton.runtime.driver.active.get_current_target()
-    folder = triton.knobs.cache.dir
-    what = (text, (target.backend, target.arch, target.warp_size), folder)
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    what = (text, (target.backend, target.arch, target.warp_size), _folder(device))
     try:
         from torch._inductor.async_compile import AsyncCompile
 
         if AsyncCompile.use_process_pool():
-            made = AsyncCompile.process_pool().submit(_compile_elsewhere, *what)
-            _ahead[source] = made, folder
+            _ahead[key] = AsyncCompile.process_pool().submit(_compile_elsewhere, *what)
     except Exception:  # PyTorch's own business: the kernel is then compiled in its first launch
         return
 
@@ -157,9 +159,7 @@ class _Prepared:
 
 
 _prepared: dict[tuple[str, int], _Prepared] = {}
-# What is being compiled elsewhere, and the folder of Triton's cache that it goes to. This
-# process's own may be another by the launch: Inductor sets it on its way.
-_ahead: dict[str, tuple[Future[Any], str]] = {}
+_ahead: dict[tuple[str, int], Future[Any]] = {}  # what is being compiled elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +206,13 @@ def _read(text: str) -> _Launch:
 
 def _prepare(text: str, device: int) -> _Prepared:
     read = _read(text)
-    place, folder = _device(device), None
-    if read.source_key in _ahead:
-        future, folder = _ahead[read.source_key]
-        wait([future], _PATIENCE)  # if that has failed, so will this process, with its own message
+    place, future = _device(device), _ahead.get((read.source_key, device))
+    # If that has failed, so will this process, with its own message.
+    if future is not None and wait([future], _PATIENCE).not_done:
+        _ahead.clear()
     with torch.cuda.device(place):
-        compiled = _compile(read, triton.runtime.driver.active.get_current_target(), folder)
+        target = triton.runtime.driver.active.get_current_target()
+        compiled = _compile(read, target, _folder(device))
     places = [(i, x["tensor"]) for i, x in enumerate(read.arguments) if isinstance(x, dict)]
     return _Prepared(
         compiled=compiled,
@@ -228,8 +229,19 @@ def _device(number: int) -> torch.device:
     return torch.device("cuda", number)
 
 
-def _compile(read: _Launch, target: GPUTarget, folder: str | None = None) -> Any:
-    """The compiled kernel; folder: of Triton's cache, by default its own."""
+def _folder(device: int) -> str:
+    """Where Inductor has Triton keep kernels for a device: in every process the same. Triton's own
+    choice is another, until Inductor changes it on its way.
+    """
+    try:
+        from torch._inductor.runtime.runtime_utils import triton_cache_dir
+    except ImportError:
+        return str(triton.knobs.cache.dir)
+    return str(triton_cache_dir(device))
+
+
+def _compile(read: _Launch, target: GPUTarget, folder: str) -> Any:
+    """The compiled kernel; folder: of Triton's cache."""
     function = read.function
     signature, constants, attributes = _specialised(read)
     source = ASTSource(
@@ -240,7 +252,7 @@ def _compile(read: _Launch, target: GPUTarget, folder: str | None = None) -> Any
     )
     cache = triton.knobs.cache
     with cache.scope():
-        cache.dir = folder or cache.dir
+        cache.dir = folder
         return triton.compile(source, target=target, options=read.options)
 
 

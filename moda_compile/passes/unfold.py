@@ -326,8 +326,9 @@ def _keep_operands(graph: Graph) -> None:
 def _compile_ahead(graph: Graph) -> None:
     from moda_compile.kernels import recorded
 
-    for text in dict.fromkeys(cast(str, launch.args[1]) for launch in _launches(graph)):
-        recorded.compile_ahead(text)
+    for tensors, text in (launch.args for launch in _launches(graph)):
+        device = _value(cast(list[Node], tensors)[0]).device
+        recorded.compile_ahead(cast(str, text), device.index or 0)
 
 
 def _keep(graph: Graph, node: Node) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 triton = pytest.importorskip("triton")
 
 from moda_compile.kernels import depth_forward_vector, launch, recorded  # noqa: E402
 from moda_compile.kernels.recorded import At, Made  # noqa: E402
+from moda_compile.passes import unfold  # noqa: E402
+from tests.kernels import recorded_ahead, recorded_cases  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.EMULATED, reason="the kernels are interpreted")
 
@@ -66,7 +71,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
         def __getitem__(self, grid: tuple[int, int, int]) -> Any:
             return lambda *arguments: seen.append((grid, *arguments))
 
-    def compile_(read: Any, target: Any, folder: str | None) -> Any:
+    def compile_(read: Any, target: Any, folder: str) -> Any:
         compiled.append(read)
         return Compiled()
 
@@ -135,8 +140,8 @@ def test_what_is_left_out_has_its_default() -> None:
     assert read.options == {"num_warps": 4, "num_stages": 3}
 
 
-def test_compiles_for_an_h100() -> None:
-    made = recorded._compile(recorded._read(text()), H100)
+def test_compiles_for_an_h100(tmp_path: Path) -> None:
+    made = recorded._compile(recorded._read(text()), H100, str(tmp_path))
     assert made.metadata.name == KERNEL.__name__
     assert made.metadata.num_warps == 4
     assert "cubin" in made.asm
@@ -164,23 +169,100 @@ def test_another_process_leaves_it_in_triton_s_cache(tmp_path: Path) -> None:
 def test_a_launch_waits_for_what_is_compiled_elsewhere(
     launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = []
-    inner = recorded._compile
-    monkeypatch.setattr(
-        recorded, "_compile", lambda *what: (folders.append(what[2]), inner(*what))[1]
-    )
     with ThreadPoolExecutor(1) as pool:
         waited = pool.submit(lambda: time.sleep(0.3))
-        ahead = {recorded._read(text()).source_key: (waited, "/a/folder")}
-        monkeypatch.setattr(recorded, "_ahead", ahead)
+        monkeypatch.setattr(recorded, "_ahead", {(recorded._read(text()).source_key, -1): waited})
         recorded.run(inputs(), text())
         assert waited.done()
-    assert folders == ["/a/folder"]
+    assert len(launched) == 1
+
+
+def test_a_launch_does_not_wait_for_ever(
+    launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the next one, for what no longer answers."""
+    ahead: dict[Any, Any] = {(recorded._read(text()).source_key, -1): Future()}
+    monkeypatch.setattr(recorded, "_ahead", ahead)
+    monkeypatch.setattr(recorded, "_PATIENCE", 0.1)
+    recorded.run(inputs(), text())
+    assert len(launched) == 1
+    assert recorded._ahead == {}
+
+
+@pytest.mark.slow
+def test_inductor_s_processes_compile_ahead(tmp_path: Path) -> None:
+    """PyTorch's own pool of them, told that there is a GPU, in a process of its own."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, recorded_ahead.__file__, text(), text(tokens=32), text(slots=9)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["2"]  # the third is the first's kernel
+    assert len(list(tmp_path.rglob("*.cubin"))) == 2
 
 
 def test_nothing_is_compiled_ahead_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     before = dict(recorded._ahead)
-    recorded.compile_ahead(text())
+    recorded.compile_ahead(text(), 0)
     assert recorded._ahead == before
+
+
+# What a graph computes with its launches, in Triton's interpreter: see recorded_cases.py.
+
+SHAPES = [  # dtype, group, head_dim, slots
+    (BF16, 1, 64, 2),
+    (BF16, 2, 64, 17),
+    (torch.float16, 1, 80, 3),
+    (FP32, 3, 16, 9),
+    (BF16, 4, 76, 2),
+]
+
+
+def traced(dtype: torch.dtype, group: int, head_dim: int, slots: int) -> dict[str, Any]:
+    """An unfolded graph of `recorded_cases.layer`, as code for a CPU."""
+    tokens, kv_heads = 7, 3
+
+    def rows(heads: int) -> torch.Tensor:
+        x = torch.empty(2, tokens, heads, head_dim, device="cuda", dtype=dtype)
+        return x.transpose(1, 2)
+
+    with FakeTensorMode():
+        heads = group * kv_heads
+        lse = torch.empty(2, heads, tokens, device="cuda")
+        depth = [rows(kv_heads) for _ in range(2 * slots)]
+        inputs = [rows(heads), lse, rows(heads), rows(heads), *depth]
+        gm = make_fx(recorded_cases.layer)(*inputs)
+        unfold.run(gm.graph)
+    left = {str(n.target) for n in gm.graph.nodes if "moda_compile" in str(n.target)}
+    assert left == {"moda_compile.launch.default"}
+    gm.recompile()
+    return {
+        "shape": [str(dtype), group, head_dim, slots],
+        "code": gm.code.replace("device(type='cuda', index=0)", "device('cpu')"),
+        "inputs": [(tuple(x.shape), x.stride(), x.dtype) for x in inputs],
+    }
+
+
+def test_graphs_compute_what_their_operators_do(tmp_path: Path) -> None:
+    file = tmp_path / "cases.pt"
+    torch.save([traced(*shape) for shape in SHAPES], file)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, recorded_cases.__file__, str(file)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [x["traceback"] for x in lines if "traceback" in x] == []
+    assert [x["case"]["shape"] for x in lines] == [[str(d), *rest] for d, *rest in SHAPES]
+    for line, (dtype, *_) in zip(lines, SHAPES, strict=True):
+        # Results are rounded (out, of which delta is made, too); the interpreter truncates.
+        rounding = {BF16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 2.0**-20)
+        for name in recorded_cases.RESULTS:
+            error, eager = (line["result"][kind][name] for kind in ("error", "eager"))
+            limit = eager + (2.0**-20 if name == "lse" else rounding)
+            assert error <= limit, (name, line)
