@@ -117,6 +117,16 @@ def number(text: str) -> float:
     return float(value.replace(",", "")) * UNITS.get(unit, TIMES.get(unit, 1.0))
 
 
+def claims(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The README's row."""
+    said = []
+    for kernel in dict.fromkeys(row["kernel"] for row in found):
+        busy = [row["memory %"] for row in found if row["kernel"] == kernel]
+        said.append(f"{kernel} {min(busy):.0f} to {max(busy):.0f} %")
+    text = "memory bandwidth of the depth kernels, of the hardware's, by its counters"
+    return [(text, "; ".join(said))]
+
+
 def main() -> None:
     """Count, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -144,17 +154,11 @@ def main() -> None:
             | {"TB/s": moved / taken * 1e-6}
             | values
         )
-    busy = [row["memory %"] for row in found]
     publish(
         "counters",
         "Hardware counters of the depth kernels",
         found,
-        claims=[
-            (
-                "memory's bandwidth that the depth kernels use, of what the hardware can (counted)",
-                f"{min(busy):.0f} % to {max(busy):.0f} %",
-            )
-        ],
+        claims=claims(found),
         setting=f"{DTYPE}; caches empty in front of each launch; clocks as they are",
         folder=arguments.out,
     )
