@@ -18,7 +18,8 @@ from results import FOLDER, draw
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 ORDER = (
-    "kernel_table", "counters", "ablation", "model", "memory", "decode", "compile_time", "cpu_attention",
+    "kernel_table", "counters", "ablation", "model", "memory", "decode", "compile_time",
+    "cpu_attention",
 )  # fmt: skip
 
 
