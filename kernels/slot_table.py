@@ -29,8 +29,9 @@ arguments of its own instead of a table; see `listed`."""
 NAMED = tiles.TABLE_ROWS.value
 """The most slots that a kernel can be given themselves, as arguments; see `named`."""
 
-# For each number of rows a kernel is compiled; `tiles.write_table` writes them in groups of eight.
-_NAMED_STEP = 16
+# For each number of rows a kernel is compiled, and each of its programs writes them all; see
+# `tiles.write_table`, which takes groups of eight.
+_NAMED_STEP = 8
 
 _Strides = tuple[int, ...]
 

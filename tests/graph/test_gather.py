@@ -261,7 +261,7 @@ def ahead_calls(made: Joint, slots: int) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", range(2, 10))
+@pytest.mark.parametrize("layers", [2, 3, 4, 5, 6, 9])
 def test_every_other_gather_begins_the_next_one_s(layers: int, ahead: None) -> None:
     model = stack(layers=layers)
     made = check(model, model.config.inputs())
