@@ -78,7 +78,11 @@ def _load_numbers(
     return held
 
 
-@triton.jit
+# How many read a slot is another number in each layer.
+_READERS = [f"{place}_readers" for place in ("first", "second", "third", "fourth")]
+
+
+@triton.jit(do_not_specialize=_READERS)
 def depth_gather_kernel(
     query,
     grad_out,
@@ -156,10 +160,10 @@ def depth_gather_kernel(
 
     SLOTS: 1 to 4; the arguments of the others are never read. Of the last UNFINISHED the sums go to
     `sums`, float32; partials: sums of all SLOTS to start from, or None. Both lie as gradients do.
-    first_key_start ..: what a gradient is added to, in its strides, or None. first_readers ..: as
-    `_coded` makes them. rows_table: of each reader's query and grad_out; numbers_table: of its lse
-    and delta; query, grad_out, lse, delta only lend their element types. n0, n1, .. and m0, m1, ..:
-    what the tables are of, where they have to be written.
+    first_key_start ..: what a gradient is added to, in its strides, or None. first_readers ..: how
+    many of the readers read the slot. rows_table: of each reader's query and grad_out;
+    numbers_table: of its lse and delta; query, grad_out, lse, delta only lend their element types.
+    n0, n1, .. and m0, m1, ..: what the tables are of, where they have to be written.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     keys = (first_key, second_key, third_key, fourth_key)
@@ -170,7 +174,7 @@ def depth_gather_kernel(
         (third_key_start, third_value_start),
         (fourth_key_start, fourth_value_start),
     )
-    coded_readers = (first_readers, second_readers, third_readers, fourth_readers)
+    counts = (first_readers, second_readers, third_readers, fourth_readers)
     query_strides = (0, query_stride_batch, query_stride_head, query_stride_token)
     grad_out_strides = (0, grad_out_stride_batch, grad_out_stride_head, grad_out_stride_token)
     lse_strides = (0, lse_stride_batch, lse_stride_head, lse_stride_token)
@@ -213,8 +217,8 @@ def depth_gather_kernel(
     factor = tl.cast(scale, tl.float32)
     readers, most = (), 0
     for place in tl.static_range(SLOTS):
-        readers += (coded_readers[place] // 2 - 1,)
-        most = tl.maximum(most, readers[place])
+        readers += (counts[place],)
+        most = tl.maximum(most, counts[place])
 
     # What is made here, and what it starts from, lies alike.
     strides = (gradient_stride_batch, gradient_stride_head, gradient_stride_token)
@@ -309,13 +313,6 @@ def depth_gather_kernel(
         tl.store(cells, dv[SLOTS - UNFINISHED + place], mask=live)
 
 
-def _coded(readers: int) -> int:
-    """A number that no kernel of its own is compiled for: neither 1 nor a multiple of 16. Inductor
-    knows no do_not_specialize.
-    """
-    return 2 * readers + 3
-
-
 def run(
     grad_outs: Sequence[Tensor],
     queries: Sequence[Tensor],
@@ -393,7 +390,7 @@ def run(
             partials,
             *own_starts[::2],
             *own_starts[1::2],
-            *map(_coded, counts),
+            *counts,
             t,
             hk,
             scale,

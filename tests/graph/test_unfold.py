@@ -247,10 +247,27 @@ def test_kernels_get_tensors_for_views_that_begin_where_they_do() -> None:
     assert value.meta["val"].storage_offset() == H * D
 
 
-def test_layers_launch_the_same_kernel() -> None:
-    """Compiled once: whatever the number of slots, up to eight."""
+def gather_of(readers: int) -> Callable[..., Any]:
+    def call(grad: Tensor, q: Tensor, lse: Tensor, delta: Tensor, *depth: Tensor) -> Any:
+        read = [[x] * readers for x in (grad, q, lse, delta)]
+        counts = [readers, readers - 1]
+        return OPS.depth_gather(*read, depth[:2], depth[2:], counts, 0.125, q.dtype, [])[0]
+
+    return call
+
+
+@pytest.mark.parametrize("what", ["slots", "readers"])
+def test_layers_launch_the_same_kernel(what: str) -> None:
+    """Compiled once: whatever the number of slots, or of their readers, up to eight."""
     with FakeTensorMode():
-        graphs = [unfolded(attend(n), [tensor() for _ in range(3 + 2 * n)])[1] for n in (1, 2, 8)]
+        numbers = [torch.empty(B, H, T, device="cuda") for _ in range(2)]
+        gathered_from = [tensor(), tensor(), *numbers, *(tensor() for _ in range(4))]
+        graphs = [
+            unfolded(attend(n), [tensor() for _ in range(3 + 2 * n)])[1]
+            if what == "slots"
+            else unfolded(gather_of(n), gathered_from)[1]
+            for n in (1, 2, 8)
+        ]
     texts = [n.args[1] for g in graphs for n in g.nodes if n.target is LAUNCH]
     assert len({*texts}) == 3
     assert len({recorded._read(text).source_key for text in texts}) == 1
