@@ -41,7 +41,7 @@ def _load_gradients(
     return held
 
 
-# For each layer's number of slots none is compiled of its own.
+# Each layer has another number of slots, and all launch the same kernel.
 @triton.jit(do_not_specialize=["slots"])
 def depth_backward_vector_kernel(
     query,

@@ -19,7 +19,7 @@ import triton.language as tl
 from moda_compile.kernels.tiles import load_slots, program_rows, row_cells, row_offsets, write_table
 
 
-# For each layer's number of slots none is compiled of its own.
+# Each layer has another number of slots, and all launch the same kernel.
 @triton.jit(do_not_specialize=["slots"])
 def depth_forward_vector_kernel(
     query,

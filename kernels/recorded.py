@@ -98,10 +98,10 @@ def run(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
         tensors: as `record`'s given, all on one GPU, each beginning where it did in the trace.
         text: of :func:`record`.
     """
-    device = tensors[0].get_device()
-    prepared = _prepared.get((text, device))
+    key = text, tensors[0].get_device()
+    prepared = _prepared.get(key)
     if prepared is None:
-        prepared = _prepared[text, device] = _prepare(text, device)
+        prepared = _prepared[key] = _prepare(text, tensors[0].device)
     made = [
         torch.empty_strided(shape, stride, dtype=dtype, device=prepared.device)
         for shape, stride, dtype in prepared.made
@@ -204,15 +204,15 @@ def _read(text: str) -> _Launch:
     )
 
 
-def _prepare(text: str, device: int) -> _Prepared:
-    read = _read(text)
-    place, future = _device(device), _ahead.get((read.source_key, device))
+def _prepare(text: str, device: torch.device) -> _Prepared:
+    read, number = _read(text), device.index or 0
+    future = _ahead.get((read.source_key, number))
     # If that has failed, so will this process, with its own message.
     if future is not None and wait([future], _PATIENCE).not_done:
         _ahead.clear()
-    with torch.cuda.device(place):
+    with torch.cuda.device(device):
         target = triton.runtime.driver.active.get_current_target()
-        compiled = _compile(read, target, _folder(device))
+        compiled = _compile(read, target, _folder(number))
     places = [(i, x["tensor"]) for i, x in enumerate(read.arguments) if isinstance(x, dict)]
     return _Prepared(
         compiled=compiled,
@@ -221,12 +221,8 @@ def _prepare(text: str, device: int) -> _Prepared:
         places=places,
         made=[(x.shape, x.stride, x.dtype) for x in read.made],
         returned=[i for i, x in enumerate(read.made) if x.returned],
-        device=place,
+        device=device,
     )
-
-
-def _device(number: int) -> torch.device:
-    return torch.device("cuda", number)
 
 
 def _folder(device: int) -> str:

@@ -79,7 +79,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
     monkeypatch.setattr(triton.runtime, "driver", driver)
     monkeypatch.setattr(recorded, "_compile", compile_)
     monkeypatch.setattr(recorded, "_prepared", {})
-    monkeypatch.setattr(recorded, "_device", lambda number: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     yield seen
     assert len(compiled) == 1
@@ -171,7 +170,7 @@ def test_a_launch_waits_for_what_is_compiled_elsewhere(
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         waited = pool.submit(lambda: time.sleep(0.3))
-        monkeypatch.setattr(recorded, "_ahead", {(recorded._read(text()).source_key, -1): waited})
+        monkeypatch.setattr(recorded, "_ahead", {(recorded._read(text()).source_key, 0): waited})
         recorded.run(inputs(), text())
         assert waited.done()
     assert len(launched) == 1
@@ -181,7 +180,7 @@ def test_a_launch_does_not_wait_for_ever(
     launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does the next one, for what no longer answers."""
-    ahead: dict[Any, Any] = {(recorded._read(text()).source_key, -1): Future()}
+    ahead: dict[Any, Any] = {(recorded._read(text()).source_key, 0): Future()}
     monkeypatch.setattr(recorded, "_ahead", ahead)
     monkeypatch.setattr(recorded, "_PATIENCE", 0.1)
     recorded.run(inputs(), text())
