@@ -1,10 +1,11 @@
 """How long the first training step takes, cold and warm, as it is and converted.
 
-    PYTHONPATH=. python benchmarks/compile_time.py [--layers 12] [--device cpu]
+    PYTHONPATH=. python benchmarks/compile_time.py [--layers 12] [--jobs 3] [--device cpu]
 
 Each run is a process of its own, imports and the model's making not counted: "cold" with empty
 caches, "warm" with those that the cold one left. Backend: Inductor, forward and backward. The
-sides' runs take turns. Memory of a step is not the matter here, so sizes are small.
+sides' runs take turns, or, with --jobs 3, go side by side, where a machine has cores enough. Memory
+of a step is not the matter here, so sizes are small.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from results import add_arguments, publish
@@ -72,11 +74,19 @@ def run(side: str, layers: int, device: str, cache: str) -> tuple[float, int]:
     return float(seconds), int(hits)
 
 
+def cold_and_warm(side: str, layers: int, device: str) -> tuple[str, float, float, int]:
+    """The side, its seconds cold and warm, and how many graphs the second run took from a cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        cold, _ = run(side, layers, device, cache)
+        return side, cold, *run(side, layers, device, cache)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="sides that run at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_arguments(parser)
     parser.add_argument("--side", choices=SIDES, help="only print one step's seconds")
@@ -87,11 +97,13 @@ def main() -> None:
     cold: dict[str, list[float]] = {side: [] for side in SIDES}
     warm: dict[str, list[float]] = {side: [] for side in SIDES}
     hits: dict[str, int] = {}
-    for side in tqdm([side for _ in range(args.runs) for side in SIDES], desc="processes"):
-        with tempfile.TemporaryDirectory() as cache:
-            cold[side].append(run(side, args.layers, args.device, cache)[0])
-            seconds, hits[side] = run(side, args.layers, args.device, cache)
-            warm[side].append(seconds)
+    work = [side for _ in range(args.runs) for side in SIDES]
+    with ThreadPoolExecutor(args.jobs) as pool:  # its threads wait for processes
+        done = pool.map(lambda side: cold_and_warm(side, args.layers, args.device), work)
+        for side, first, second, found in tqdm(done, desc="processes", total=len(work)):
+            cold[side].append(first)
+            warm[side].append(second)
+            hits[side] = found
     rows = []
     for side in SIDES:
         first, second = (statistics.median(x[side]) for x in (cold, warm))

@@ -216,15 +216,24 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    for name, run in (
-        ("joint_custom_pre_pass", gather.run),
-        ("post_grad_custom_pre_pass", unfold.run),
-    ):
-        own = patches.get(name, getattr(torch._inductor.config, name))
-        patches[name] = _graph_pass(run, own)
+    own = patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+    patches["joint_custom_pre_pass"] = _graph_pass(gather.run, own)
     # Donated buffers let backward overwrite what forward saved, and forbid retain_graph=True.
     with torch._functorch.config.patch(donated_buffer=False):
-        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+        return compile_fx(gm, list(inputs), _unfold_and_compile, patches)  # type: ignore[return-value]
+
+
+def _unfold_and_compile(gm: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+    """What Inductor does for a graph of forward or backward, after `unfold`.
+
+    Before all of Inductor's own passes: behind them it would look again at what every node that
+    follows one of the changed makes, a tenth of a compilation.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    unfold.run(gm.graph)
+    gm.recompile()
+    return compile_fx_inner(gm, inputs, **options)
 
 
 @functools.cache
