@@ -30,9 +30,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
-from moda_compile.kernels.decode_parts import slot_part, split_part
+from moda_compile.kernels.decode_parts import joined, slot_chunk, with_keys
 from moda_compile.kernels.slot_table import listed_number
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
@@ -55,6 +56,8 @@ def decode_split_kernel(
     value,
     mask,
     partial,
+    out,
+    lse,
     slot_key,
     slot_value,
     table,
@@ -82,6 +85,12 @@ def decode_split_kernel(
     mask_stride_head,
     mask_stride_query,
     mask_stride_key,
+    out_stride_batch,
+    out_stride_head,
+    out_stride_token,
+    lse_stride_batch,
+    lse_stride_head,
+    lse_stride_token,
     slot_key_stride_slot,
     slot_key_stride_batch,
     slot_key_stride_head,
@@ -104,8 +113,9 @@ def decode_split_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SLOT_ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     SHARED_MASK: tl.constexpr,
@@ -117,23 +127,83 @@ def decode_split_kernel(
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     SLOT_ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
     EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Write t_C, m_C and w_C of one part: shapes as in `run`, strides in elements.
+    """Write t_C, m_C and w_C of one part, or, where a program has all there is for its rows
+    (WHOLE), out and lse: shapes as in `run`, strides in elements.
 
     slot_programs of the programs have a chunk of SLOTS slots of one token, `chunks` to a token, and
-    SLOT_ROWS query heads of one key/value head; the others a split of the keys. partial: the
-    results, [pair, row, part] entries of WIDTH, 1 and 1 numbers, one kind after the other; a row's
-    parts are its splits, then its chunks. MASK: 0 none, 1 bool, 2 additive. SHARED_MASK: it is
-    the same for all rows of a program. LISTED: k0, v0, .. are the addresses of the slots.
+    up to ROWS query heads of one key/value head; the others a split of the keys, and ROWS rows.
+    partial: the results, [pair, row, part] entries of WIDTH, 1 and 1 numbers, one kind after the
+    other; a row's parts are its splits, then its chunks. MASK: 0 none, 1 bool, 2 additive.
+    SHARED_MASK: it is the same for all rows of a program. LISTED: k0, v0, .. are the addresses of
+    the slots. DEPENDENT: launched while the kernels before it may still run.
     """
-    # Slots are read in a moment that is all latency. Between the splits they cost next to nothing;
-    # all together in front they would keep every SM from its keys.
+    LN2: tl.constexpr = 0.6931471805599453
+    if DEPENDENT:
+        gdc_launch_dependents()
+    rows = queries * GROUP
     place = tl.program_id(0)
-    turn = tl.num_programs(0) // tl.maximum(slot_programs, 1)
-    program = place // turn
-    if (place % turn == 0) & (program < slot_programs):
-        slot = (program % chunks) * SLOTS + tl.arange(0, SLOTS)
+    # Of this program: chunks [chunk, last_chunk) of a token's slots; keys [first, last).
+    if WHOLE:
+        pair = place
+        part = 0
+        token = 0
+        row_start = 0
+        row_end = rows
+        chunk = 0
+        last_chunk = chunks
+        first = 0
+        last = keys
+    else:
+        # Slots are read in a moment that is all latency. Between the splits they cost next to
+        # nothing; all together in front they would keep every SM from its keys.
+        turn = tl.num_programs(0) // tl.maximum(slot_programs, 1)
+        program = place // turn
+        if (place % turn == 0) & (program < slot_programs):
+            blocks = tl.cdiv(GROUP, ROWS)
+            chunk = program % chunks
+            last_chunk = chunk + 1
+            part = splits + chunk
+            token = (program // (chunks * blocks)) % queries
+            pair = program // (chunks * blocks * queries)
+            row_start = token * GROUP + (program // chunks) % blocks * ROWS
+            row_end = token * GROUP + GROUP
+            first = 0
+            last = 0
+        else:
+            # Programs that read the same keys are neighbours.
+            program = place - tl.minimum(program + 1, slot_programs)
+            chunk = 0
+            last_chunk = 0
+            part = (program // row_blocks) % splits
+            token = 0
+            pair = program // (row_blocks * splits)
+            row_start = program % row_blocks * ROWS
+            row_end = rows
+            first = part * split_keys
+            last = tl.minimum(first + split_keys, keys)
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
+    row = row_start + tl.arange(0, ROWS)
+    row_live = row < row_end
+    head = kv_head * GROUP + row % GROUP
+    row_token = (row // GROUP).to(tl.int64)
+    dim = tl.arange(0, PADDED_DIM)
+    live = row_live[:, None] & (dim < HEAD_DIM)[None, :]
+    query_rows = query + batch * query_stride_batch
+    query_rows += head * query_stride_head + row_token * query_stride_token
+    query_rows = tl.multiple_of(query_rows, [ALIGN])
+    if DEPENDENT:
+        gdc_wait()
+    q = tl.load(query_rows[:, None] + dim[None, :], mask=live, other=0.0)
+
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for c in range(chunk, last_chunk):
+        slot = c * SLOTS + tl.arange(0, SLOTS)
         key_start = slot
         value_start = slot
         if LISTED:
@@ -151,26 +221,19 @@ def decode_split_kernel(
                 v16, v17, v18, v19, v20, v21, v22, v23,
                 v24, v25, v26, v27, v28, v29, v30, v31,
             )  # fmt: skip
-        slot_part(
-            program,
-            query,
-            partial,
+        of_chunk, weight_of_chunk, total_of_chunk = slot_chunk(
+            q,
+            batch,
+            kv_head,
+            token,
             slot_key,
             slot_value,
             table,
             slot,
             key_start,
             value_start,
-            queries,
             slots,
-            kv_heads,
-            splits,
-            chunks,
-            entries,
             scale,
-            query_stride_batch,
-            query_stride_head,
-            query_stride_token,
             slot_key_stride_slot,
             slot_key_stride_batch,
             slot_key_stride_head,
@@ -179,64 +242,76 @@ def decode_split_kernel(
             slot_value_stride_batch,
             slot_value_stride_head,
             slot_value_stride_token,
-            GROUP,
             HEAD_DIM,
             PADDED_DIM,
-            WIDTH,
-            SLOT_ROWS,
             SLOTS,
             COLUMNS,
             TABLE,
             LISTED,
             UNIFORM,
-            ALIGN,
             SLOT_ALIGN,
             EMULATED,
         )
-    else:
-        split_part(
-            place - tl.minimum(program + 1, slot_programs),
-            query,
-            key,
-            value,
-            mask,
-            partial,
-            queries,
-            keys,
-            kv_heads,
-            row_blocks,
-            splits,
-            chunks,
-            entries,
-            split_keys,
-            scale,
-            query_stride_batch,
-            query_stride_head,
-            query_stride_token,
-            key_stride_batch,
-            key_stride_head,
-            key_stride_token,
-            value_stride_batch,
-            value_stride_head,
-            value_stride_token,
-            mask_stride_batch,
-            mask_stride_head,
-            mask_stride_query,
-            mask_stride_key,
-            GROUP,
-            HEAD_DIM,
-            PADDED_DIM,
-            WIDTH,
-            ROWS,
-            KEYS,
-            CAUSAL,
-            MASK,
-            SHARED_MASK,
-            ALIGN,
-            KEY_ALIGN,
-            VALUE_ALIGN,
-            EMULATED,
+        maximum, weight, total = joined(
+            maximum, weight, total, of_chunk, weight_of_chunk, total_of_chunk
         )
+    maximum, weight, total = with_keys(
+        maximum,
+        weight,
+        total,
+        q,
+        row,
+        row_live,
+        first,
+        last,
+        batch,
+        kv_head,
+        key,
+        value,
+        mask,
+        queries,
+        keys,
+        scale,
+        key_stride_batch,
+        key_stride_head,
+        key_stride_token,
+        value_stride_batch,
+        value_stride_head,
+        value_stride_token,
+        mask_stride_batch,
+        mask_stride_head,
+        mask_stride_query,
+        mask_stride_key,
+        GROUP,
+        HEAD_DIM,
+        PADDED_DIM,
+        KEYS,
+        CAUSAL,
+        MASK,
+        SHARED_MASK,
+        KEY_ALIGN,
+        VALUE_ALIGN,
+        EMULATED,
+    )
+
+    # A row that saw nothing: 0 times what other rows' keys hold, which need not be finite.
+    total = tl.where((weight == 0.0)[:, None], 0.0, total)
+    if WHOLE:
+        total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+        out_rows = out + batch * out_stride_batch
+        out_rows += head * out_stride_head + row_token * out_stride_token
+        out_rows = tl.multiple_of(out_rows, [OUT_ALIGN])
+        tl.store(out_rows[:, None] + dim[None, :], total.to(out.dtype.element_ty), mask=live)
+        lse_rows = lse + batch * lse_stride_batch
+        lse_rows += head * lse_stride_head + row_token * lse_stride_token
+        tl.store(lse_rows, maximum + tl.log2(weight) * LN2, mask=row_live)
+    else:
+        maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
+        index = (pair.to(tl.int64) * rows + row) * (splits + chunks) + part
+        total_rows = tl.multiple_of(partial + index * WIDTH, [16])
+        tl.store(total_rows[:, None] + dim[None, :], total, mask=live)
+        tl.store(maximum_start + index, maximum, mask=row_live)
+        tl.store(maximum_start + entries + index, weight, mask=row_live)
 
 
 @triton.jit(do_not_specialize=["parts", "entries"])
@@ -259,11 +334,13 @@ def decode_merge_kernel(
     PADDED_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """Write out and lse of one row, joining its parts; shapes as in `run`, strides in elements.
 
-    A program a row, not a (batch, key/value head): few tokens make few programs.
+    A program a row, not a (batch, key/value head): few tokens make few programs. DEPENDENT: as for
+    the kernel that writes the parts.
     """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -282,6 +359,8 @@ def decode_merge_kernel(
     total = tl.zeros([PADDED_DIM], tl.float32)
     index = program.to(tl.int64) * parts
     maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
+    if DEPENDENT:
+        gdc_wait()
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
         live = part < parts
@@ -375,24 +454,30 @@ def run(
     slot_tile = configs.decode_slots(head_dim=d, dtype=q.dtype)
     read = slots or slot_table.none(q)
     chunks = -(-read.count // slot_tile)
-    slot_rows = min(tile.rows, configs.padded(group))
-    slot_programs = b * hk * queries * -(-group // slot_rows) * chunks
+    # One program for all there is: nothing is left to join.
+    whole = _is(splits, 1) and _is(queries, 1) and _is(row_blocks, 1)
+    slot_programs = 0 if whole else b * hk * queries * -(-group // tile.rows) * chunks
     width = -(-d // _ROW_ELEMENTS) * _ROW_ELEMENTS
     # t_C, then m_C, then w_C: [B, Hk, rows, parts] entries of width, 1 and 1 numbers.
     parts = split.count + chunks
-    entries = b * hk * rows * parts
+    entries = 0 if whole else b * hk * rows * parts
     partial = q.new_empty((entries * (width + 2),), dtype=torch.float32)
     traced = launch.is_traced(q) if slots is None else slots.traced
+    # PyTorch's way to launch a traced kernel knows of no dependent launches.
+    dependent = not traced and launch.dependent_launches(q)
+    options = {"launch_pdl": True} if dependent else {}
     joining = configs.merge_tile(head_dim=d, parts=splits + chunks)
     with launch.on_device(q):
         launch.launchable(decode_split_kernel, traced)[
-            (slot_programs + b * hk * split.count * row_blocks,)
+            (b * hk if whole else slot_programs + b * hk * split.count * row_blocks,)
         ](
             q,
             k,
             v,
             q if mask is None else mask,
             partial,
+            out,
+            lse,
             read.key,
             read.value,
             read.table,
@@ -411,6 +496,8 @@ def run(
             *k.stride()[:3],
             *v.stride()[:3],
             *mask_strides,
+            *out.stride()[:3],
+            *lse.stride(),
             *read.key_strides,
             *read.value_strides,
             *(read.addresses or (0,) * (2 * slot_table.ROWS)),
@@ -420,8 +507,9 @@ def run(
             WIDTH=width,
             ROWS=tile.rows,
             KEYS=tile.keys,
-            SLOT_ROWS=slot_rows,
             SLOTS=slot_tile,
+            WHOLE=whole,
+            DEPENDENT=dependent,
             CAUSAL=is_causal,
             MASK=kind,
             SHARED_MASK=shared,
@@ -433,10 +521,14 @@ def run(
             KEY_ALIGN=launch.alignment(k),
             VALUE_ALIGN=launch.alignment(v),
             SLOT_ALIGN=read.align,
+            OUT_ALIGN=launch.alignment(out),
             EMULATED=launch.EMULATED,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **options,
         )
+        if whole:
+            return out, lse
         launch.launchable(decode_merge_kernel, traced)[(b * hk * rows,)](
             partial,
             out,
@@ -452,8 +544,10 @@ def run(
             PADDED_DIM=configs.padded(d),
             WIDTH=width,
             PARTS=joining.parts,
+            DEPENDENT=dependent,
             ALIGN=launch.alignment(out),
             num_warps=joining.warps,
+            **options,
         )
     return out, lse
 

@@ -1,7 +1,6 @@
-"""What a program of the decode kernel computes: one part of the joint softmax of a few queries.
+"""What a program of the decode kernel computes of the joint softmax of a few queries.
 
-A part is a split of the sequence's keys or a chunk of a token's slots; of each of its rows it
-writes m, w and t as `decode` defines them. For numbers, shapes and launches see there.
+States of rows are (m, w, t) as `decode` defines them. For numbers, shapes and launches see there.
 """
 
 # The arguments of Triton functions have no Python types.
@@ -29,6 +28,15 @@ def _added(bias):
 
 
 @triton.jit
+def _joined_ranges(lowest, highest, free, lowest_other, highest_other, free_other):
+    return (
+        tl.minimum(lowest, lowest_other),
+        tl.maximum(highest, highest_other),
+        free + free_other,
+    )
+
+
+@triton.jit
 def _visible_range(entries, first, last, mask_stride_key, MASK: tl.constexpr, SCAN: tl.constexpr):
     """(first, last) visible key + 1 of [first, last), and whether the mask is nothing else.
 
@@ -52,32 +60,27 @@ def _visible_range(entries, first, last, mask_stride_key, MASK: tl.constexpr, SC
         lowest = tl.minimum(lowest, tl.where(seen, u, 2147483647))
         highest = tl.maximum(highest, tl.where(seen, u, -1))
         free += plain.to(tl.int32)
-    begin = tl.minimum(tl.min(lowest, 0), last)  # nothing seen: an empty range
-    end = tl.maximum(tl.max(highest, 0) + 1, begin)
-    return begin, end, tl.sum(free, 0) == end - begin
+    # Every program's keys wait for this: one pass through its threads, not three.
+    lowest_seen, highest_seen, free_seen = tl.reduce((lowest, highest, free), 0, _joined_ranges)
+    begin = tl.minimum(lowest_seen, last)  # nothing seen: an empty range
+    end = tl.maximum(highest_seen + 1, begin)
+    return begin, end, free_seen == end - begin
 
 
 @triton.jit
-def slot_part(
-    program,
-    query,
-    partial,
+def slot_chunk(
+    q,
+    batch,
+    kv_head,
+    token,
     slot_key,
     slot_value,
     table,
     slot,
     key_start,
     value_start,
-    queries,
     slots,
-    kv_heads,
-    splits,
-    chunks,
-    entries,
     scale,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_token,
     slot_key_stride_slot,
     slot_key_stride_batch,
     slot_key_stride_head,
@@ -86,37 +89,19 @@ def slot_part(
     slot_value_stride_batch,
     slot_value_stride_head,
     slot_value_stride_token,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SLOT_ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TABLE: tl.constexpr,
     LISTED: tl.constexpr,
     UNIFORM: tl.constexpr,
-    ALIGN: tl.constexpr,
     SLOT_ALIGN: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """A chunk of SLOTS slots of one token, and SLOT_ROWS query heads of one key/value head."""
+    """m, w and t of a chunk of SLOTS slots of one token, for the rows of q [rows, d]."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    rows = queries * GROUP
     dim = tl.arange(0, PADDED_DIM)
-    dim_live = dim < HEAD_DIM
-    factor = tl.cast(scale, tl.float32)
-    maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
-    blocks = tl.cdiv(GROUP, SLOT_ROWS)
-    chunk = program % chunks
-    parts = splits + chunks
-    block = (program // chunks) % blocks
-    token = (program // (chunks * blocks)) % queries
-    pair = program // (chunks * blocks * queries)
-    batch = (pair // kv_heads).to(tl.int64)
-    kv_head = (pair % kv_heads).to(tl.int64)
-    member = block * SLOT_ROWS + tl.arange(0, SLOT_ROWS)
-    member_live = member < GROUP
     slot_live = slot < slots
     own = (token + tl.arange(0, 1)).to(tl.int64)
     if LISTED:
@@ -141,46 +126,47 @@ def slot_part(
         )  # fmt: skip
         key_rows = tl.multiple_of(tl.reshape(key_rows, (SLOTS,)), [SLOT_ALIGN])
         value_rows = tl.multiple_of(tl.reshape(value_rows, (SLOTS,)), [SLOT_ALIGN])
-    slot_load = slot_live[:, None] & dim_live[None, :]
+    slot_load = slot_live[:, None] & (dim < HEAD_DIM)[None, :]
     k = tl.load(key_rows[:, None] + dim[None, :], mask=slot_load, other=0.0)
     v = tl.load(value_rows[:, None] + dim[None, :], mask=slot_load, other=0.0)
-    query_rows = query + batch * query_stride_batch + token.to(tl.int64) * query_stride_token
-    query_rows += (kv_head * GROUP + member) * query_stride_head
-    query_rows = tl.multiple_of(query_rows, [ALIGN])
-    live = member_live[:, None] & dim_live[None, :]
-    q = tl.load(query_rows[:, None] + dim[None, :], mask=live, other=0.0)
-    z = product(q, tl.trans(k), EMULATED) * factor
+    z = product(q, tl.trans(k), EMULATED) * tl.cast(scale, tl.float32)
     z = tl.where(slot_live[None, :], z, float("-inf"))
     maximum = tl.max(z, 1)
     p = tl.exp2((z - maximum[:, None]) * LOG2E)
-    total = product(p.to(v.dtype), v, EMULATED)
-    index = (pair.to(tl.int64) * rows + token * GROUP + member) * parts + splits + chunk
-    total_rows = tl.multiple_of(partial + index * WIDTH, [16])
-    tl.store(total_rows[:, None] + dim[None, :], total, mask=live)
-    tl.store(maximum_start + index, maximum, mask=member_live)
-    tl.store(maximum_start + entries + index, tl.sum(p, 1), mask=member_live)
+    return maximum, tl.sum(p, 1), product(p.to(v.dtype), v, EMULATED)
 
 
 @triton.jit
-def split_part(
-    program,
-    query,
+def joined(maximum, weight, total, other_maximum, other_weight, other_total):
+    """The state of what two states stand for together."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    new_maximum = tl.maximum(maximum, other_maximum)
+    pivot = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    shrink = tl.exp2((maximum - pivot) * LOG2E)
+    other_shrink = tl.exp2((other_maximum - pivot) * LOG2E)
+    weight = weight * shrink + other_weight * other_shrink
+    total = total * shrink[:, None] + other_total * other_shrink[:, None]
+    return new_maximum, weight, total
+
+
+@triton.jit
+def with_keys(
+    maximum,
+    weight,
+    total,
+    q,
+    row,
+    row_live,
+    first,
+    last,
+    batch,
+    kv_head,
     key,
     value,
     mask,
-    partial,
     queries,
     keys,
-    kv_heads,
-    row_blocks,
-    splits,
-    chunks,
-    entries,
-    split_keys,
     scale,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_token,
     key_stride_batch,
     key_stride_head,
     key_stride_token,
@@ -194,42 +180,22 @@ def split_part(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     SHARED_MASK: tl.constexpr,
-    ALIGN: tl.constexpr,
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """A split of the keys of one key/value head, and ROWS rows."""
+    """The state of the rows with what they see of the keys [first, last) of one key/value head."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    rows = queries * GROUP
     dim = tl.arange(0, PADDED_DIM)
     dim_live = dim < HEAD_DIM
     factor = tl.cast(scale, tl.float32)
-    maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
-    parts = splits + chunks
-    # Programs that read the same keys are neighbours.
-    row_block = program % row_blocks
-    split = (program // row_blocks) % splits
-    pair = program // (row_blocks * splits)
-    batch = (pair // kv_heads).to(tl.int64)
-    kv_head = (pair % kv_heads).to(tl.int64)
-    row = row_block * ROWS + tl.arange(0, ROWS)
-    row_live = row < rows
     token = (row // GROUP).to(tl.int64)
     head = kv_head * GROUP + row % GROUP
     lane = tl.arange(0, KEYS)
-
-    query_rows = query + batch * query_stride_batch
-    query_rows += head * query_stride_head + token * query_stride_token
-    query_rows = tl.multiple_of(query_rows, [ALIGN])
-    query_live = row_live[:, None] & dim_live[None, :]
-    q = tl.load(query_rows[:, None] + dim[None, :], mask=query_live, other=0.0)
     key_start = key + batch * key_stride_batch + kv_head * key_stride_head
     value_start = value + batch * value_stride_batch + kv_head * value_stride_head
     mask_start = mask + batch * mask_stride_batch
@@ -237,12 +203,6 @@ def split_part(
     mask_row = mask_start + kv_head * GROUP * mask_stride_head
     # Query token i of Tq sees the keys u <= i + Tk - Tq.
     last_seen = token + (keys - queries)
-
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    first = split * split_keys
-    last = tl.minimum(first + split_keys, keys)
     masked = True  # there is more to the mask than the range [first, last)
     if MASK != 0 and SHARED_MASK:
         first, last, plain = _visible_range(mask_row, first, last, mask_stride_key, MASK, 16 * KEYS)
@@ -294,11 +254,4 @@ def split_part(
         weight = weight * shrink + tl.sum(p, 1)
         total = total * shrink[:, None] + product(p.to(v.dtype), v, EMULATED)
         maximum = new_maximum
-
-    # A row that saw nothing: 0 times what other rows' keys hold, which need not be finite.
-    total = tl.where((weight == 0.0)[:, None], 0.0, total)
-    index = (pair.to(tl.int64) * rows + row) * parts + split
-    total_rows = tl.multiple_of(partial + index * WIDTH, [16])
-    tl.store(total_rows[:, None] + dim[None, :], total, mask=query_live)
-    tl.store(maximum_start + index, maximum, mask=row_live)
-    tl.store(maximum_start + entries + index, weight, mask=row_live)
+    return maximum, weight, total

@@ -31,6 +31,13 @@ def capability(x: Tensor) -> tuple[int, int]:
     return (0, 0)
 
 
+def dependent_launches(x: Tensor) -> bool:
+    """Whether a kernel on x's GPU may be launched before the one before it has ended, and wait for
+    it inside (programmatic dependent launch, from Hopper on).
+    """
+    return not EMULATED and torch.version.hip is None and capability(x) >= (9, 0)
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make x's GPU the current one: Triton launches on the current device, whatever it is given."""
     if x.is_cuda and torch.cuda.is_available() and x.get_device() != torch.cuda.current_device():

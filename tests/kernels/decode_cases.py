@@ -183,6 +183,17 @@ def cases() -> Iterator[dict[str, Any]]:
     yield BASE | dict(mask="smallest fp32", t=300, q=3, s=0, splits=5)
     for mask, s in itertools.product(("", "window", "smallest fp32", "-inf fp16"), (0, 5)):
         yield BASE | dict(mask=mask, s=s, q=7, t=7, check="split.forward", causal=not mask)
+    # One program for all that a key/value head's queries see: it writes out and lse itself.
+    whole = BASE | dict(splits=1, hk=2)
+    for dtype, slots in itertools.product(DTYPES, SLOTS):
+        yield whole | dict(dtype=dtype, slots=slots, b=2, g=3, d=24, s=33, t=131)
+    for t, s in itertools.product((0, 1, 65), (0, 1, 5)):
+        yield whole | dict(t=t, s=s, causal=True, dtype="fp32")
+    for mask, s in itertools.product(("position", "all_dead", "smallest fp32", "alibi"), (0, 5)):
+        yield whole | dict(mask=mask, s=s, t=39, g=1)
+    for poison in ("q", "k", "slot"):
+        yield whole | dict(poison=poison, check="nan")
+    yield whole | dict(mask="position", check="unread")
     for dtype in DTYPES:
         yield BASE | dict(t=200, q=2, dtype=dtype, check="splits", causal=True)
     yield BASE | dict(t=200, q=2, s=0, mask="smallest fp32", check="splits")
