@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +35,9 @@ _POINTERS = {
 }  # fmt: skip
 _PATIENCE = 60.0  # seconds that another process may take longer than all else has
 _DIVISIBLE = [["tt.divisibility", launch.WIDEST_ACCESS]]
+_address = torch.Tensor.data_ptr
+# What Inductor's code makes its own tensors with, on the current device.
+_fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,21 +103,16 @@ def run(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
         tensors: as `record`'s given, all on one GPU, each beginning where it did in the trace.
         text: of :func:`record`.
     """
-    key = text, tensors[0].get_device()
-    prepared = _prepared.get(key)
+    device = tensors[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return run(tensors, text)
+    prepared = _prepared.get((text, device))
     if prepared is None:
-        prepared = _prepared[key] = _prepare(text, tensors[0].device)
-    made = [
-        torch.empty_strided(shape, stride, dtype=dtype, device=prepared.device)
-        for shape, stride, dtype in prepared.made
-    ]
-    addresses = [x.data_ptr() for x in tensors]
-    addresses += [x.data_ptr() for x in made]
-    arguments = prepared.arguments.copy()
-    for place, index in prepared.places:
-        arguments[place] = addresses[index]
-    with launch.on_device(tensors[0]):
-        prepared.compiled[prepared.grid](*arguments)
+        prepared = _prepared[text, device] = _prepare(text, tensors[0].device)
+    made = [_empty(x, prepared.device) for x in prepared.made]
+    addresses = (*map(_address, tensors), *map(_address, made), *prepared.constants)
+    prepared.launch(*prepared.arranged(addresses))
     return [made[i] for i in prepared.returned]
 
 
@@ -145,14 +145,14 @@ def compile_ahead(text: str, device: int) -> None:
 class _Prepared:
     """What a launch of one text on one device needs.
 
-    arguments: all of the kernel's in order, of tensors anything; places: (place among these, number
-    of the tensor: given ones first). made: what to make; returned: which of these are results.
+    launch: of the compiled kernel's grid. arranged: the kernel's arguments in order, out of the
+    addresses of its tensors, given ones first, and `constants`. made: (shape, strides, dtype) of
+    tensors to make; returned: which of these are results.
     """
 
-    compiled: Any
-    grid: tuple[int, int, int]
-    arguments: list[Any]
-    places: list[tuple[int, int]]
+    launch: Callable[..., None]
+    arranged: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    constants: tuple[Any, ...]
     made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
     returned: list[int]
     device: torch.device
@@ -213,16 +213,25 @@ def _prepare(text: str, device: torch.device) -> _Prepared:
     with torch.cuda.device(device):
         target = triton.runtime.driver.active.get_current_target()
         compiled = _compile(read, target, _folder(number))
-    places = [(i, x["tensor"]) for i, x in enumerate(read.arguments) if isinstance(x, dict)]
+    constants = [x for x in read.arguments if not isinstance(x, dict)]
+    numbered = itertools.count(len(read.dtypes))
+    order = [x["tensor"] if isinstance(x, dict) else next(numbered) for x in read.arguments]
     return _Prepared(
-        compiled=compiled,
-        grid=(read.grid, 1, 1),
-        arguments=list(read.arguments),
-        places=places,
+        launch=compiled[(read.grid, 1, 1)],
+        arranged=operator.itemgetter(*order),
+        constants=tuple(constants),
         made=[(x.shape, x.stride, x.dtype) for x in read.made],
         returned=[i for i, x in enumerate(read.made) if x.returned],
         device=device,
     )
+
+
+def _empty(form: tuple[Any, ...], device: torch.device) -> Tensor:
+    shape, stride, dtype = form
+    if _fast_empty is not None and device.type == "cuda":
+        made: Tensor = _fast_empty(shape, stride, dtype)
+        return made
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def _folder(device: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from moda_compile import registration
 
 
-@registration.operator("launch")
+@registration.operator("launch", undispatched=True)
 def launch(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
     """Results of one launch of a kernel that writes to nothing it is given.
 
