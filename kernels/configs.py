@@ -108,10 +108,12 @@ def gather_tile(*, head_dim: int, group: int, width: int, slots: int) -> Tile:
         width: as for `vector_backward_tile`. slots: of a launch.
     """
     # Measured on an H100, d=64: full accesses with two readers a step are 6% faster than half ones
-    # at a group of 1, and 7% faster than one reader at 2. Of more than two slots, by the compiler's
-    # report for capability 9.0, half accesses keep everything in registers: 128 at a group of 1.
+    # at a group of 1, and 7% faster than one reader at 2. Of four slots, half accesses keep
+    # everything in registers, and at a group of 2 one reader does: 722 us, with two of them 1149.
+    if slots > 2:
+        return _rows(head_dim, min(width, 4), slots=2 if group == 1 else 1, stages=2)
     if group <= 2:
-        return _rows(head_dim, width if slots <= 2 else min(width, 4), slots=2, stages=2)
+        return _rows(head_dim, width, slots=2, stages=2)
     return _rows(head_dim, min(width, 4), slots=1, stages=2)
 
 
@@ -220,7 +222,7 @@ class DecodeTile:
     keys: int
     warps: int
     stages: int
-    programs: int = 4
+    programs: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +248,7 @@ def decode_tile(
     *,
     head_dim: int,
     rows: Any,
+    keys: Any,
     pairs: Any,
     dtype: torch.dtype,
     capability: tuple[int, int],
@@ -255,45 +258,52 @@ def decode_tile(
 
     What decides is how many bytes of K and V are on their way to an SM at a time: about 40 KiB hide
     the memory's latency on an H100. Rows beyond one tile go to programs of their own, which read
-    the same keys at about the same time, from L2. Where batches and heads alone fill the GPU, the
-    start of a program counts less than what a step costs beside its loads, and steps are larger;
-    twice as many programs then even out which SM is done first (measured on an H100, 64 x 4 heads
-    over 16384 keys: 365 us instead of 410).
+    the same keys at about the same time, from L2. All programs should run at once: with 128 to 168
+    registers a thread three of them fit into an SM. (Measured on an H100, 8 x 4 heads over 2048
+    keys: 13.4 us with three wanted for each SM, 15.7 with four.)
+
+    Where batches and heads alone fill the GPU, a program has all keys of its heads and nothing is
+    left to join, in larger steps, as the start of a program counts less. Over many keys what counts
+    is that every SM has as many programs. (64 x 3 heads: 2048 keys 45 us, in two splits 53; 16384
+    keys 294 us, in two splits 280.)
 
     Args:
         head_dim: d. rows: query heads per key/value head, times query tokens; may be symbolic.
-        pairs: batches times key/value heads; may be symbolic. dtype: of q, k, v. capability: as for
-            `forward_tile`. multiprocessors: of the GPU.
+        keys: their number; may be symbolic. pairs: batches times key/value heads; may be symbolic.
+        dtype: of q, k, v. capability: as for `forward_tile`. multiprocessors: of the GPU.
     """
     width = padded(head_dim)
     known = rows if type(rows) is int else _DECODE_ROWS
     stages = 3 if capability >= (8, 0) else 1  # without asynchronous copies loads don't run ahead
     if dtype == torch.float32:
         # Products without tensor cores are unrolled: the tile's three sides bound the code's size.
-        keys, warps = (32, 4) if width <= 128 else (16, 8)
-        return DecodeTile(rows=16, keys=keys, warps=warps, stages=min(stages, 2))
+        step, warps = (32, 4) if width <= 128 else (16, 8)
+        return DecodeTile(rows=16, keys=step, warps=warps, stages=min(stages, 2))
     most = _DECODE_ROWS if width <= 128 else _DECODE_ROWS // 2
     tile_rows = min(most, padded(known))
     warps = 8 if tile_rows * width > 64 * 64 else 4
     if tile_rows == 16 and width <= 64 and type(pairs) is int and 2 * pairs >= multiprocessors:
-        return DecodeTile(rows=16, keys=128, warps=4, stages=min(stages, 2), programs=8)
-    keys = 64 if width <= 128 else 32
+        if type(keys) is int and keys >= _MANY_KEYS:
+            return DecodeTile(rows=16, keys=128, warps=4, stages=min(stages, 2))
+        return DecodeTile(rows=16, keys=128, warps=4, stages=stages, programs=2)
     # Beside a large tile of rows, two stages fit twice into an SM of 228 KiB of shared memory, and
     # once into one of 100 KiB.
+    step = 64 if width <= 128 else 32
     return DecodeTile(
-        rows=tile_rows, keys=keys, warps=warps, stages=stages if warps == 4 else min(stages, 2)
+        rows=tile_rows, keys=step, warps=warps, stages=stages if warps == 4 else min(stages, 2)
     )
 
 
 _DECODE_ROWS = 64
+_MANY_KEYS = 8192
 
 
 def decode_splits(*, pairs: Any, tile: DecodeTile, multiprocessors: int) -> Any:
     """How many programs may share the keys of one (batch, key/value head): enough to fill the GPU.
 
     A plain function of shapes, also of symbolic ones, on which it puts no guard: a captured CUDA
-    graph and a traced one replay what was decided here. It does not depend on how many keys there
-    are: that grows with every token.
+    graph and a traced one replay what was decided here. It hardly depends on how many keys there
+    are (see `decode_tile`): that grows with every token.
 
     Args:
         pairs: batches times key/value heads times tiles of rows.

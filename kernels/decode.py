@@ -440,6 +440,7 @@ def run(
     tile = configs.decode_tile(
         head_dim=d,
         rows=rows,
+        keys=keys,
         pairs=b * hk,
         dtype=q.dtype,
         capability=launch.capability(q),

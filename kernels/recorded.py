@@ -27,7 +27,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moda_compile.kernels import launch
+from moda_compile.kernels import driver, launch
+from moda_compile.kernels.driver import Binary
 
 _OWN = "moda_compile.kernels."
 _POINTERS = {
@@ -104,39 +105,50 @@ def run(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
         text: of :func:`record`.
     """
     device = tensors[0].get_device()
-    if device >= 0 and device != torch.cuda.current_device():
+    if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return run(tensors, text)
     prepared = _prepared.get((text, device))
     if prepared is None:
         prepared = _prepared[text, device] = _prepare(text, tensors[0].device)
-    made = [_empty(x, prepared.device) for x in prepared.made]
-    addresses = (*map(_address, tensors), *map(_address, made), *prepared.constants)
-    prepared.launch(*prepared.arranged(addresses))
+    made = [prepared.empty(*form) for form in prepared.made]
+    prepared.launch([*map(_address, tensors), *map(_address, made)])
     return [made[i] for i in prepared.returned]
+
+
+def start_processes() -> None:
+    """Have Inductor start its processes, which takes them seconds, before there is work for them.
+
+    Inductor asks whether they are there when it has the first kernel, and does without until then.
+    """
+    try:
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.use_process_pool()
+    except Exception:  # PyTorch's own business: see `compile_ahead`
+        return
 
 
 def compile_ahead(text: str, device: int) -> None:
     """Have one of Inductor's idle processes compile the kernel, where it has them and there is a
-    GPU: until the launch, most of a model is yet to be compiled. The result goes through Triton's
-    cache on the disk.
+    GPU: until the launch, most of a model is yet to be compiled.
 
     Args:
         text: of :func:`record`. device: number of the GPU.
     """
     if not torch.cuda.is_available():
         return
-    key = _read(text).source_key, device
-    if key in _ahead:
-        return
-    with torch.cuda.device(device):
-        target = triton.runtime.driver.active.get_current_target()
-    what = (text, (target.backend, target.arch, target.warp_size), _folder(device))
+    _waiting.setdefault((_read(text).source_key, device), text)
     try:
         from torch._inductor.async_compile import AsyncCompile
 
-        if AsyncCompile.use_process_pool():
-            _ahead[key] = AsyncCompile.process_pool().submit(_compile_elsewhere, *what)
+        if not AsyncCompile.use_process_pool():
+            return  # still starting: with the next one
+        for key in list(_waiting):
+            text = _waiting.pop(key)
+            if key not in _ahead:
+                what = (text, _target(key[1]), _folder(key[1]))
+                _ahead[key] = AsyncCompile.process_pool().submit(_compile_elsewhere, *what)
     except Exception:  # PyTorch's own business: the kernel is then compiled in its first launch
         return
 
@@ -145,21 +157,21 @@ def compile_ahead(text: str, device: int) -> None:
 class _Prepared:
     """What a launch of one text on one device needs.
 
-    launch: of the compiled kernel's grid. arranged: the kernel's arguments in order, out of the
-    addresses of its tensors, given ones first, and `constants`. made: (shape, strides, dtype) of
-    tensors to make; returned: which of these are results.
+    launch: of the addresses of its tensors, given ones first. empty: makes a tensor of a shape,
+    strides and a dtype; made: these of the ones to make; returned: which of them are results.
     """
 
-    launch: Callable[..., None]
-    arranged: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-    constants: tuple[Any, ...]
+    launch: Callable[[list[int]], None]
+    empty: Callable[..., Tensor]
     made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
     returned: list[int]
-    device: torch.device
 
 
+_Key = tuple[str, int]  # what a compiled kernel depends on; number of the GPU
 _prepared: dict[tuple[str, int], _Prepared] = {}
-_ahead: dict[tuple[str, int], Future[Any]] = {}  # what is being compiled elsewhere
+_waiting: dict[_Key, str] = {}  # what is to be compiled elsewhere, and
+_ahead: dict[_Key, Future[Any]] = {}  # what is being compiled elsewhere
+_binaries: dict[_Key, Binary] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,32 +218,76 @@ def _read(text: str) -> _Launch:
 
 def _prepare(text: str, device: torch.device) -> _Prepared:
     read, number = _read(text), device.index or 0
-    future = _ahead.get((read.source_key, number))
-    # If that has failed, so will this process, with its own message.
-    if future is not None and wait([future], _PATIENCE).not_done:
-        _ahead.clear()
-    with torch.cuda.device(device):
-        target = triton.runtime.driver.active.get_current_target()
-        compiled = _compile(read, target, _folder(number))
-    constants = [x for x in read.arguments if not isinstance(x, dict)]
-    numbered = itertools.count(len(read.dtypes))
-    order = [x["tensor"] if isinstance(x, dict) else next(numbered) for x in read.arguments]
+    found = _elsewhere((read.source_key, number))
     return _Prepared(
-        launch=compiled[(read.grid, 1, 1)],
-        arranged=operator.itemgetter(*order),
-        constants=tuple(constants),
+        launch=_by_driver(read, number, found) or _by_triton(read, number),
+        empty=_fast_empty if device.type == "cuda" and _fast_empty else _empty_on(device),
         made=[(x.shape, x.stride, x.dtype) for x in read.made],
         returned=[i for i, x in enumerate(read.made) if x.returned],
-        device=device,
     )
 
 
-def _empty(form: tuple[Any, ...], device: torch.device) -> Tensor:
-    shape, stride, dtype = form
-    if _fast_empty is not None and device.type == "cuda":
-        made: Tensor = _fast_empty(shape, stride, dtype)
-        return made
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+def _by_driver(
+    read: _Launch, device: int, found: Binary | None
+) -> Callable[[list[int]], None] | None:
+    """found: the kernel, where it is compiled already."""
+    if not torch.cuda.is_available():
+        return None
+    key = read.source_key, device
+    if key not in _binaries:
+        _binaries[key] = found or Binary.of(
+            _compile(read, GPUTarget(*_target(device)), _folder(device))
+        )
+    signature, _, _ = _specialised(read)
+    kinds, values = [], []
+    for kind, x in zip(signature.values(), read.arguments, strict=True):
+        if kind != "constexpr":
+            kinds.append(kind)
+            values.append(x["tensor"] if isinstance(x, dict) else x)
+    arguments = driver.Arguments(kinds, values, len(read.dtypes))
+    return driver.launcher(_binaries[key], arguments, grid=read.grid, device=device)
+
+
+def _elsewhere(key: _Key) -> Binary | None:
+    """What another process has compiled; None if it has not, in all the time that it may take."""
+    future = _ahead.get(key)
+    if future is None:
+        return None
+    if wait([future], _PATIENCE).not_done:
+        _ahead.clear()
+        return None
+    # If that has failed, so will this process, with its own message.
+    return None if future.exception() else future.result()
+
+
+def _by_triton(read: _Launch, device: int) -> Callable[[list[int]], None]:
+    """Where CUDA's driver can't be called, and on other GPUs."""
+    compiled = _compile(read, GPUTarget(*_target(device)), _folder(device))
+    constants = [x for x in read.arguments if not isinstance(x, dict)]
+    numbered = itertools.count(len(read.dtypes))
+    order = [x["tensor"] if isinstance(x, dict) else next(numbered) for x in read.arguments]
+    arranged, launched = operator.itemgetter(*order), compiled[(read.grid, 1, 1)]
+
+    def call(addresses: list[int]) -> None:
+        launched(*arranged([*addresses, *constants]))
+
+    return call
+
+
+def _empty_on(device: torch.device) -> Callable[..., Tensor]:
+    return lambda shape, stride, dtype: torch.empty_strided(
+        shape, stride, dtype=dtype, device=device
+    )
+
+
+def _target(device: int) -> tuple[str, Any, int]:
+    """Of a GPU, as Triton names it, and the threads of its warps."""
+    if torch.version.hip is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        return "cuda", 10 * major + minor, 32
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.arch, target.warp_size
 
 
 def _folder(device: int) -> str:
@@ -261,9 +317,9 @@ def _compile(read: _Launch, target: GPUTarget, folder: str) -> Any:
         return triton.compile(source, target=target, options=read.options)
 
 
-def _compile_elsewhere(text: str, target: tuple[Any, ...], folder: str) -> None:
-    """In another process, without its GPU: leave the compiled kernel in Triton's cache."""
-    _compile(_read(text), GPUTarget(*target), folder)
+def _compile_elsewhere(text: str, target: tuple[Any, ...], folder: str) -> Binary:
+    """In another process, without its GPU; what it compiles stays in Triton's cache, too."""
+    return Binary.of(_compile(_read(text), GPUTarget(*target), folder))
 
 
 def _specialised(read: _Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:

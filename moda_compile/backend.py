@@ -218,6 +218,10 @@ def _inductor(
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
     own = patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
     patches["joint_custom_pre_pass"] = _graph_pass(gather.run, own)
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+        from moda_compile.kernels import recorded
+
+        recorded.start_processes()
     # Donated buffers let backward overwrite what forward saved, and forbid retain_graph=True.
     with torch._functorch.config.patch(donated_buffer=False):
         return compile_fx(gm, list(inputs), _unfold_and_compile, patches)  # type: ignore[return-value]

@@ -86,12 +86,14 @@ def tile_of(
     dtype: torch.dtype,
     *,
     pairs: int = 8,
+    keys: int = 2048,
     capability: tuple[int, int] = (9, 0),
 ) -> configs.DecodeTile:
     """Of a GPU with 132 SMs."""
     return configs.decode_tile(
         head_dim=head_dim,
         rows=rows,
+        keys=keys,
         pairs=pairs,
         dtype=dtype,
         capability=capability,
@@ -101,8 +103,8 @@ def tile_of(
 
 def test_splits_cover_every_key_once_and_fill_the_gpu() -> None:
     for pairs in (1, 3, 8, 24, 192, 1024):
-        tile = tile_of(64, 4, BF16, pairs=pairs)
         for keys in (0, 1, 63, 64, 65, 2048, 16384, 10**6):
+            tile = tile_of(64, 4, BF16, pairs=pairs, keys=keys)
             count = configs.decode_splits(pairs=pairs, tile=tile, multiprocessors=132)
             parts = configs.equal_splits(count=count, keys=keys, tile_keys=tile.keys)
             assert parts.count >= 1
