@@ -135,7 +135,9 @@ def main() -> None:
             ),
             ("a second process's first step of the cold one's: plain and these", warmed),
         ],
-        setting="medians of processes of their own, the sides in turns; imports not counted",
+        setting="medians of processes of their own, the sides "
+        + ("in turns" if args.jobs == 1 else "side by side")
+        + "; imports not counted",
         folder=args.out,
     )
 

@@ -1,11 +1,16 @@
 """What a benchmark found: printed as a table, kept as JSON with the command that made it, drawn.
 
 `publish` does all three. benchmarks/readme.py makes the README's table of figures from the JSON.
+
+    PYTHONPATH=. python benchmarks/results.py OLD.json NEW.json --by layers B ffn_kv
+
+puts the rows of a run that was of some of a benchmark's rows in their places in the first file.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import shlex
@@ -162,3 +167,41 @@ def draw(file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file.with_suffix(".png"), dpi=110)
+
+
+def merge(old: Path, new: Path, by: Sequence[str]) -> None:
+    """Replace rows of ``old`` by the ones of ``new`` that are the same in the columns ``by``.
+
+    Raises:
+        ValueError: if the two are of different machines or versions, or a row has no place.
+    """
+    first, second = (json.loads(file.read_text(encoding="utf-8")) for file in (old, new))
+    for key in ("title", "machine", "versions"):
+        if first[key] != second[key]:
+            raise ValueError(f"{key}: {first[key]!r} in {old}, {second[key]!r} in {new}")
+    places = {tuple(row[x] for x in by): i for i, row in enumerate(first["rows"])}
+    for row in second["rows"]:
+        own = tuple(row[x] for x in by)
+        if own not in places:
+            raise ValueError(f"{old} has no row with {dict(zip(by, own, strict=True))}")
+        first["rows"][places[own]] = row
+    sys.path.insert(0, str(Path(__file__).parent))
+    claims = importlib.import_module(old.stem).claims(first["rows"])
+    first["claims"] = [list(claim) for claim in claims]
+    first["command"] += f"; later {second['command'].removeprefix('PYTHONPATH=. python ')}"
+    old.write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")
+    draw(old)
+
+
+def main() -> None:
+    """Merge two files."""
+    parser = argparse.ArgumentParser(description="Put rows of one file of results into another.")
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--by", nargs="+", required=True, help="columns that name a row")
+    arguments = parser.parse_args()
+    merge(arguments.old, arguments.new, arguments.by)
+
+
+if __name__ == "__main__":
+    main()

@@ -114,3 +114,34 @@ def test_the_plain_stack_converts(kv_heads: int) -> None:
     x = shape.inputs("cpu", torch.float32)
     assert x.requires_grad
     check_conversion(model, (x.detach(),), MoDAConfig(), backend="aot_eager")
+
+
+def test_rows_of_a_later_run_take_their_places(tmp_path: Path) -> None:
+    def row(layers: int, batch: int, ratio: float) -> dict[str, Any]:
+        own = {"layers": layers, "B": batch, "ffn_kv": "none", "of plain": ratio, "floor": 0.9}
+        return {"shape": f"{layers} layers", "T": 8, **own}
+
+    def write(name: str, rows: list[dict[str, Any]], **changed: Any) -> Path:
+        found = {
+            "title": "A title", "command": f"PYTHONPATH=. python benchmarks/{name}",
+            "machine": "a GPU", "versions": {}, "setting": "", "rows": rows, "claims": [],
+            "picture": None,
+        }  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(found | changed), encoding="utf-8")
+        return tmp_path / f"{name}.json"
+
+    old = write("model", [row(16, 1, 0.5), row(16, 8, 0.6), row(20, 1, 0.7)])
+    by = ["layers", "B", "ffn_kv"]
+    results.merge(old, write("later", [row(16, 8, 0.8)]), by)
+    found = json.loads(old.read_text(encoding="utf-8"))
+    assert [x["of plain"] for x in found["rows"]] == [0.5, 0.8, 0.7]
+    assert found["command"] == "PYTHONPATH=. python benchmarks/model; later benchmarks/later"
+    assert found["claims"][1][1] == "`none` 0.80 (floor 0.9)"
+    before = old.read_bytes()
+    for other in (
+        write("another", [row(36, 1, 0.8)]),
+        write("elsewhere", [row(16, 8, 0.9)], machine="another GPU"),
+    ):
+        with pytest.raises(ValueError, match=r"no row with|machine"):
+            results.merge(old, other, by)
+    assert old.read_bytes() == before
