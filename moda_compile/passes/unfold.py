@@ -13,8 +13,9 @@ it is.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -54,18 +55,47 @@ _ALLOCATIONS = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_
 def run(graph: Graph) -> None:
     """Replace the operators that can be traced, in place."""
     changed = False
-    for node in list(graph.nodes):
-        traceable = _TRACEABLE.get(node.target)
-        if traceable is None or not all(map(_plain, node.all_input_nodes)):
-            continue
-        if traceable(_call_by_name(node)):
-            if node.target is _own.depth_gather.default:
-                _keep_sums(graph, node)
-            changed |= _replace(graph, node)
+    with _forgetting_kernels():
+        for node in list(graph.nodes):
+            traceable = _TRACEABLE.get(node.target)
+            if traceable is None or not all(map(_plain, node.all_input_nodes)):
+                continue
+            if traceable(_call_by_name(node)):
+                if node.target is _own.depth_gather.default:
+                    _keep_sums(graph, node)
+                changed |= _replace(graph, node)
     if changed:
         _keep_operands(graph)
         _compile_ahead(graph)
         graph.lint()
+
+
+@contextlib.contextmanager
+def _forgetting_kernels() -> Iterator[None]:
+    """Take out of PyTorch's table of kernels what traces put there; launches from text need none.
+
+    It keeps all it gets as long as the process lives, and Inductor writes all of it into a
+    description of each graph, a fiftieth of a compilation's time.
+    """
+    table = kernel_side_table
+    kernels, arguments = len(table.id_to_kernel), len(table.constant_args)
+    try:
+        yield
+    finally:
+        with table.lock:
+            made = [table.id_to_kernel[i] for i in range(kernels, len(table.id_to_kernel))]
+            # It numbers what it gets by its length: only the last ones may go.
+            if all(map(_is_own, made)):
+                for kernel in made:
+                    del table.id_to_kernel[table.kernel_to_id.pop(kernel)]
+                for i in range(arguments, len(table.constant_args)):
+                    del table.constant_args[i]
+
+
+def _is_own(kernel: Any) -> bool:
+    while hasattr(kernel, "fn"):  # what PyTorch and Triton wrap around the function
+        kernel = kernel.fn
+    return str(kernel.__module__).startswith("moda_compile.")
 
 
 def _plain(node: Node) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -107,6 +108,26 @@ def named(call: dict[str, Any], letter: str) -> list[Any]:
     """Rows that a launch was given, once each, in order."""
     given = [x for name, x in call.items() if name[0] == letter and name[1:].isdigit()]
     return list(dict.fromkeys(x for x in given if x is not None))
+
+
+def test_pytorch_s_table_of_kernels_is_left_as_it_was() -> None:
+    table = triton_kernel_wrap.kernel_side_table
+
+    def sizes() -> list[int]:
+        return [len(x) for x in (table.id_to_kernel, table.kernel_to_id, table.constant_args)]
+
+    with FakeTensorMode():
+        gm = make_fx(attend(2))(*(tensor() for _ in range(7)))
+        before = sizes()
+        unfold.run(gm.graph)
+        assert own(gm.graph) == []
+        assert sizes() == before
+        # What came from elsewhere meanwhile is not known to be the last: all of it stays.
+        gm = make_fx(attend(2))(*(tensor() for _ in range(7)))
+        with unfold._forgetting_kernels():
+            table.add_kernel(object)  # type: ignore[arg-type]
+    assert sizes() == [n + (i < 2) for i, n in enumerate(before)]
+    del table.id_to_kernel[table.kernel_to_id.pop(object)]  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("slots", [0, 1, 9])
