@@ -98,6 +98,8 @@ def launcher(
     cuda = _library()
     if cuda is None or not binary.plain:
         return None
+    if grid == 0:  # which the driver refuses
+        return lambda addresses: None
     function = _loaded(binary, device)
     if function is None or not _fits(cuda, function, arguments.sizes):
         return None

@@ -256,8 +256,11 @@ def _elsewhere(key: _Key) -> Binary | None:
     if wait([future], _PATIENCE).not_done:
         _ahead.clear()
         return None
-    # If that has failed, so will this process, with its own message.
-    return None if future.exception() else future.result()
+    try:
+        found: Binary = future.result()
+    except Exception:  # if that has failed, so will this process, with its own message
+        return None
+    return found
 
 
 def _by_triton(read: _Launch, device: int) -> Callable[[list[int]], None]:

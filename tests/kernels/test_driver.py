@@ -109,6 +109,15 @@ def test_without_a_driver_triton_launches(monkeypatch: pytest.MonkeyPatch) -> No
     assert launcher(monkeypatch, None) is None
 
 
+def test_of_no_programs_none_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(SIZES)
+    monkeypatch.setattr(driver, "_library", lambda: cuda)
+    call = driver.launcher(BINARY, driver.Arguments(KINDS, VALUES, 2), grid=0, device=1)
+    assert call is not None
+    call([8, 8])
+    assert cuda.launches == []
+
+
 def test_a_refused_launch_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     call = launcher(monkeypatch, Cuda(SIZES, statuses=[700]))
     with pytest.raises(RuntimeError, match="kernel: CUDA's driver refused the launch, error 700"):

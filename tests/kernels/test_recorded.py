@@ -176,6 +176,21 @@ def test_a_launch_waits_for_what_is_compiled_elsewhere(
     assert len(launched) == 1
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_failure_elsewhere_leaves_the_kernel_to_this_process(
+    launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    failed: Future[Any] = Future()
+    if cancelled:
+        failed.cancel()
+        failed.set_running_or_notify_cancel()
+    else:
+        failed.set_exception(MemoryError())
+    monkeypatch.setattr(recorded, "_ahead", {(recorded._read(text()).source_key, 0): failed})
+    recorded.run(inputs(), text())
+    assert len(launched) == 1
+
+
 def test_a_launch_does_not_wait_for_ever(
     launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
