@@ -16,7 +16,9 @@ split stands for. No atomics: the same inputs give the same bits.
 
 A step of decoding is a chain of kernels that each take microseconds, so what counts beside the
 traffic is how many wait for one another: the slots are read beside the keys, not behind them, and
-a few slots are passed as addresses, not in a table that a kernel would have to write first.
+a few slots are passed as addresses, not in a table that a kernel would have to write first. On
+Hopper each kernel is launched while the one before it ends. And where batches and heads alone fill
+the GPU there is one launch: a program has all chunks and all keys of its rows, and nothing to join.
 """
 
 # The arguments of Triton functions have no Python types.
@@ -33,6 +35,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
+from moda_compile.kernels.decode_merge import decode_merge_kernel
 from moda_compile.kernels.decode_parts import joined, slot_chunk, with_keys
 from moda_compile.kernels.slot_table import listed_number
 
@@ -312,80 +315,6 @@ def decode_split_kernel(
         tl.store(total_rows[:, None] + dim[None, :], total, mask=live)
         tl.store(maximum_start + index, maximum, mask=row_live)
         tl.store(maximum_start + entries + index, weight, mask=row_live)
-
-
-@triton.jit(do_not_specialize=["parts", "entries"])
-def decode_merge_kernel(
-    partial,
-    out,
-    lse,
-    queries,
-    kv_heads,
-    parts,
-    entries,
-    out_stride_batch,
-    out_stride_head,
-    out_stride_token,
-    lse_stride_batch,
-    lse_stride_head,
-    lse_stride_token,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Write out and lse of one row, joining its parts; shapes as in `run`, strides in elements.
-
-    A program a row, not a (batch, key/value head): few tokens make few programs. DEPENDENT: as for
-    the kernel that writes the parts.
-    """
-    LN2: tl.constexpr = 0.6931471805599453
-    LOG2E: tl.constexpr = 1.4426950408889634
-    program = tl.program_id(0)
-    rows = queries * GROUP
-    row = program % rows
-    pair = program // rows
-    batch = (pair // kv_heads).to(tl.int64)
-    head = (pair % kv_heads).to(tl.int64) * GROUP + row % GROUP
-    token = (row // GROUP).to(tl.int64)
-    dim = tl.arange(0, PADDED_DIM)
-    dim_live = dim < HEAD_DIM
-
-    maximum = float("-inf")
-    weight = 0.0
-    total = tl.zeros([PADDED_DIM], tl.float32)
-    index = program.to(tl.int64) * parts
-    maximum_start = partial + tl.cast(entries, tl.int64) * WIDTH
-    if DEPENDENT:
-        gdc_wait()
-    for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        live = part < parts
-        entry = index + part
-        m = tl.load(maximum_start + entry, mask=live, other=float("-inf"))
-        w = tl.load(maximum_start + entries + entry, mask=live, other=0.0)
-        total_rows = tl.multiple_of(partial + entry * WIDTH, [16])
-        t = tl.load(
-            total_rows[:, None] + dim[None, :], mask=live[:, None] & dim_live[None, :], other=0.0
-        )
-        new_maximum = tl.maximum(maximum, tl.max(m, 0))
-        pivot = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        shrink = tl.exp2((maximum - pivot) * LOG2E)
-        p = tl.exp2((m - pivot) * LOG2E)
-        weight = weight * shrink + tl.sum(w * p, 0)
-        total = total * shrink + tl.sum(t * p[:, None], 0)
-        maximum = new_maximum
-
-    # Without slots a row may have seen nothing at all: its out is 0 and its lse -inf.
-    total = total / tl.where(weight == 0.0, 1.0, weight)
-    out_row = out + batch * out_stride_batch + head * out_stride_head + token * out_stride_token
-    out_row = tl.multiple_of(out_row, [ALIGN])
-    tl.store(out_row + dim, total.to(out.dtype.element_ty), mask=dim_live)
-    lse_row = lse + batch * lse_stride_batch + head * lse_stride_head + token * lse_stride_token
-    tl.store(lse_row, maximum + tl.log2(weight) * LN2)
 
 
 def run(
