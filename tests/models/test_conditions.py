@@ -406,8 +406,8 @@ def test_options_count_for_idempotence() -> None:
 def test_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def compile_fx(gm: Any, _inputs: Any, config_patches: dict[str, Any]) -> Any:
-        seen.update(config_patches)
+    def compile_fx(gm: Any, _inputs: Any, _inner: Any, patches: dict[str, Any]) -> Any:
+        seen.update(patches)
         return gm.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
