@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils.checkpoint import checkpoint
 
 import moda_compile
@@ -50,21 +51,33 @@ class Joint:
         self.config, self.gathering, self.before = config, gathering, before
         self.rewritten = rewritten
         self.graphs: list[GraphModule] = []
+        self.accumulating: list[GraphModule] = []  # the same ones, before the pass
+        self.calls_of_parts: list[tuple[list[Node], tuple[Any, ...]]] = []
 
     def __call__(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
         if not self.rewritten:
             pipeline.transform(gm, self.config, strict=True)
         compiler = aot_autograd(
-            fw_compiler=lambda graph, _: graph,
+            fw_compiler=self._keep_inputs,
             partition_fn=self._partition,
             decompositions=select_decomp_table(),
         )
         return compiler(gm, inputs)
 
+    def _keep_inputs(self, part: GraphModule, _: Any) -> Callable[..., Any]:
+        placeholders = list(part.graph.find_nodes(op="placeholder"))
+
+        def call(*args: Any) -> Any:
+            self.calls_of_parts.append((placeholders, args))
+            return part(*args)
+
+        return call
+
     def _partition(self, joint: GraphModule, inputs: Any, **options: Any) -> Any:
         if self.before is not None:
             self.before(joint)
         if self.gathering:
+            self.accumulating.append(copy.deepcopy(joint))
             gather.run(joint.graph)
             joint.recompile()
         self.graphs.append(joint)
@@ -73,8 +86,25 @@ class Joint:
     def calls(self, op: Any) -> list[tuple[Any, ...]]:
         """Arguments of an operator's calls, functionalized or not, in the one graph."""
         (joint,) = self.graphs
-        nodes = [n for n in joint.graph.nodes if op in (n.target, *n.args[:1])]
-        return [tuple(n.args) for n in nodes]
+        return calls(joint, op)
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """Of the joint graph by name, for each step there was."""
+        steps = zip(self.calls_of_parts[::2], self.calls_of_parts[1::2], strict=True)
+        return [
+            {node.name: x for part in step for node, x in zip(*part, strict=True)} for step in steps
+        ]
+
+
+def calls(joint: GraphModule, op: Any) -> list[tuple[Any, ...]]:
+    return [tuple(n.args) for n in joint.graph.nodes if op in (n.target, *n.args[:1])]
+
+
+@torch.no_grad()
+def results(joint: GraphModule, inputs: dict[str, Any]) -> list[Any]:
+    """Outputs and gradients, of nodes run one by one."""
+    given = [inputs[node.name] for node in joint.graph.find_nodes(op="placeholder")]
+    return list(Interpreter(joint).run(*given, enable_io_processing=False))
 
 
 def stack(layers: int = 5, **options: Any) -> RandomStack:
@@ -83,31 +113,42 @@ def stack(layers: int = 5, **options: Any) -> RandomStack:
 
 
 def gradients(
-    model: nn.Module, backend: Joint, inputs: tuple[Tensor, ...], **options: Any
-) -> dict[str, Tensor]:
-    model.zero_grad()
-    torch.compile(model, backend=backend, **options)(*inputs).square().mean().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model: nn.Module, backend: Joint, *inputs: tuple[Tensor, ...], **options: Any
+) -> list[dict[str, Tensor]]:
+    """For each of the inputs, of one compiled model."""
+    call = torch.compile(model, backend=backend, **options)
+    found = []
+    for given in inputs:
+        model.zero_grad()
+        call(*given).square().mean().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    return found
 
 
 def check(
     model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    *inputs: tuple[Tensor, ...],
     ffn_kv: Any = "none",
     rewritten: bool = False,
     **options: Any,
 ) -> Joint:
-    """The same gradients as accumulated; the backend that gathered."""
-    config = MoDAConfig(ffn_kv=ffn_kv)
-    plain = Joint(config, gathering=False, rewritten=rewritten)
-    expected = gradients(model, plain, inputs, **options)
-    torch._dynamo.reset()
-    gathering = Joint(config, rewritten=rewritten)
-    got = gradients(model, gathering, inputs, **options)
-    assert max(g.abs().max() for g in expected.values()) > 1e-6
-    torch.testing.assert_close(got, expected, **TIGHT)
-    assert plain.calls(GATHER) == []
-    return gathering
+    """The gathered graph's results are the accumulating one's; the backend that gathered."""
+    made = Joint(MoDAConfig(ffn_kv=ffn_kv), rewritten=rewritten)
+    found = gradients(model, made, *inputs, **options)
+    (gathered,), (accumulating,) = made.graphs, made.accumulating
+    assert calls(accumulating, GATHER) == []
+    for step, by_name in zip(made.inputs(), found, strict=True):
+        expected = results(accumulating, step)
+        torch.testing.assert_close(results(gathered, step), expected, **TIGHT)
+        # So does what it was cut into, forward and backward.
+        for gradient in by_name.values():
+            assert any(torch.allclose(x, gradient, **TIGHT) for x in expected if like(x, gradient))
+        assert max(g.abs().max() for g in by_name.values()) > 1e-6
+    return made
+
+
+def like(x: Any, y: Tensor) -> bool:
+    return isinstance(x, Tensor) and (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -117,7 +158,7 @@ def check(
 ])  # fmt: skip
 def test_gradients_stay_the_same(ffn_kv: Any, readers: list[list[int]], groups: int) -> None:
     model = stack(groups=groups)
-    made = check(model, model.config.inputs(), ffn_kv)
+    made = check(model, model.config.inputs(), ffn_kv=ffn_kv)
     # A layer's backward completes its own slot and the one before; an FFN's and its attention's.
     assert [sorted(call[6]) for call in made.calls(GATHER)] == readers
     # The first layer reads no slots; nobody else has an accumulator.
@@ -126,23 +167,21 @@ def test_gradients_stay_the_same(ffn_kv: Any, readers: list[list[int]], groups: 
     assert not any(len(n.meta["val"].shape) == 6 for n in joint.graph.nodes if "full" in n.name)
 
 
-@pytest.mark.parametrize("length", ["fixed", "dynamic"])
-def test_any_number_of_slots(length: str) -> None:
-    for layers in (2, 3, 4):
-        model = stack(layers=layers)
-        made = check(model, model.config.inputs(), dynamic=length == "dynamic")
-        assert len(made.calls(GATHER)) == layers // 2
-        torch._dynamo.reset()
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_any_number_of_slots(layers: int) -> None:
+    model = stack(layers=layers)
+    assert len(check(model, model.config.inputs()).calls(GATHER)) == layers // 2
+
+
+def lengths(model: RandomStack, *wanted: int) -> list[tuple[Tensor, ...]]:
+    ids, *others = model.config.inputs()
+    return [(ids[:, :1].repeat(1, length), *others) for length in wanted]
 
 
 def test_one_compilation_for_every_length() -> None:
-    model = stack()
-    made = Joint(MoDAConfig())
-    call = torch.compile(model, backend=made, dynamic=True)
-    for length in (9, 12, 17):
-        ids = model.config.inputs()[0][:, :1].repeat(1, length)
-        call(ids).square().mean().backward()
-    assert len(made.graphs) == 1
+    model = stack(layers=4)
+    made = check(model, *lengths(model, 9, 12, 17), dynamic=True)
+    assert len(made.calls(GATHER)) == 2
 
 
 class Checkpointed(nn.Module):
@@ -280,7 +319,7 @@ def test_every_other_gather_begins_the_next_one_s(layers: int, ahead: None) -> N
 @pytest.mark.parametrize("groups", [1, 2])
 def test_ffn_slots_are_begun_ahead(groups: int, ahead: None) -> None:
     model = stack(layers=6, groups=groups)
-    made = check(model, model.config.inputs(), "shared")
+    made = check(model, model.config.inputs(), ffn_kv="shared")
     assert [call[6] for call in ahead_calls(made, 10)] == [
         [1, 1, 1, 1], [1, 1], [3, 3, 3, 3], [1, 1], [5, 5],
     ]  # fmt: skip
@@ -329,9 +368,9 @@ def test_sums_stay_wide_and_gradients_are_rounded_once(ahead: None) -> None:
 
 
 def test_any_length_is_begun_ahead(ahead: None) -> None:
-    model = stack(layers=5)
-    made = check(model, model.config.inputs(), dynamic=True)
-    assert len(ahead_calls(made, 4)) == 2
+    model = stack(layers=4)
+    made = check(model, *lengths(model, 9, 12), dynamic=True)
+    assert len(ahead_calls(made, 3)) == 2
 
 
 def test_the_library_is_asked_what_would_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,10 +144,15 @@ def steps(model: Any, ids: Tensor, cache: Any, sizes: list[int], start: int = 0)
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize(
-    ("name", "sizes"),
-    [("llama", [20]), ("llama", [7, 7, 6]), ("gpt2", [1, 1, 17, 1]), ("gemma3", [2, 6, 1, 1, 10])],
+    ("name", "sizes", "kind"),
+    [
+        ("llama", [20], "static"),
+        ("llama", [7, 7, 6], "dynamic"),
+        ("gpt2", [1, 1, 17, 1], "static"),
+        ("gemma3", [2, 6, 1, 1, 10], "dynamic"),
+        ("gemma3", [9, 11], "static"),
+    ],
     ids=str,
 )
 def test_prefill_in_chunks(name: str, sizes: list[int], kind: str) -> None:

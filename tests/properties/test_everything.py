@@ -14,7 +14,7 @@ from tests.properties.profile import profile
 
 
 @pytest.mark.slow
-@profile(50)
+@profile(25)
 @given(case=cases(features=[name for name in CASE_FEATURES if name != "near_miss"]))
 def test_everything_at_once(case: Case) -> None:
     case.check()
