@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moda_compile.errors import InputError
@@ -35,10 +36,11 @@ def moda_attention(
 
     Args:
         q: queries [B, Hq, Tq, d] of float16, bfloat16, float32 or float64.
-        k, v: keys and values [B, Hk, Tk, d]; Hq must be a multiple of Hk. Tk may differ from Tq:
-            with a KV cache the queries are the last of the tokens.
-        depth_k, depth_v: depth keys and values [S, B, Hk, Tq, d] of the queries' own tokens, any
-            strides; S may be 0, which is plain attention.
+        k, v: keys [B, Hk, Tk, d] and values [B, Hk, Tk, dv]; Hq must be a multiple of Hk. Tk may
+            differ from Tq: with a KV cache the queries are the last of the tokens. The kernels have
+            one head_dim: if dv is not d, the narrower ones are copied, with zeros behind them.
+        depth_k, depth_v: depth keys [S, B, Hk, Tq, d] and values [S, B, Hk, Tq, dv] of the queries'
+            own tokens, any strides; S may be 0, which is plain attention.
         is_causal: whether a token attends to itself and earlier ones only; the last query is the
             last key's token (`torch.nn.functional.scaled_dot_product_attention` takes the first
             query to be the first key's).
@@ -52,7 +54,7 @@ def moda_attention(
         return_lse: also return the log-sum-exp of all scores of a row.
 
     Returns:
-        out [B, Hq, Tq, d]; with ``return_lse`` also lse [B, Hq, Tq], natural logarithm, float32
+        out [B, Hq, Tq, dv]; with ``return_lse`` also lse [B, Hq, Tq], natural logarithm, float32
         (float64 for float64 inputs), not differentiable. NaN in a row's inputs gives NaN there.
 
     Raises:
@@ -64,8 +66,18 @@ def moda_attention(
     factor = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     from moda_compile import stacked  # registers a triton_op, which loads Triton
 
-    out, lse = stacked.attention(q, k, v, depth_k, depth_v, bool(is_causal), factor, attn_mask)
+    value_dim, width = v.shape[-1], max(v.shape[-1], q.shape[-1])
+    # Zero columns add nothing to a score, and are cut off the output again.
+    tensors = [_widened(x, width) for x in (q, k, v, depth_k, depth_v)]
+    out, lse = stacked.attention(*tensors, bool(is_causal), factor, attn_mask)
+    if value_dim < width:  # dense, and token-major as before
+        out = out.transpose(1, 2)[..., :value_dim].contiguous().transpose(1, 2)
     return (out, lse) if return_lse else out
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    missing = width - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor) -> None:
@@ -85,19 +97,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, depth_k: Tensor, depth_v: Tensor) ->
             raise InputError(f"{name}: on {x.device}, but q is on {q.device}; move it with .to().")
     b, hq, t, d = q.shape
     hk, keys = k.shape[1], k.shape[2]
-    if k.shape != (b, hk, keys, d) or v.shape != k.shape:
+    if k.shape != (b, hk, keys, d) or v.shape[:3] != k.shape[:3]:
         raise InputError(
-            f"k, v: got {tuple(k.shape)} and {tuple(v.shape)}, expected both [B, Hk, Tk, d] = "
-            f"[{b}, Hk, Tk, {d}] as q is {tuple(q.shape)}."
+            f"k, v: got {tuple(k.shape)} and {tuple(v.shape)}, expected [B, Hk, Tk, d] = "
+            f"[{b}, Hk, Tk, {d}] and [B, Hk, Tk, dv] as q is {tuple(q.shape)}."
         )
     if hq == 0 or hk == 0 or hq % hk:
         raise InputError(f"q has {hq} heads, which is not a multiple of the {hk} KV heads.")
-    if d == 0:
-        raise InputError("q has head_dim 0, expected at least 1.")
-    if depth_k.shape[1:] != (b, hk, t, d) or depth_v.shape != depth_k.shape:
+    for name, size in (("q", d), ("v", v.shape[3])):
+        if size == 0:
+            raise InputError(f"{name} has head_dim 0, expected at least 1.")
+    slots = (depth_k.shape[0], b, hk, t)
+    if depth_k.shape != (*slots, d) or depth_v.shape != (*slots, v.shape[3]):
         raise InputError(
             f"depth_k, depth_v: got {tuple(depth_k.shape)} and {tuple(depth_v.shape)}, expected "
-            f"both [S, B, Hk, Tq, d] = [S, {b}, {hk}, {t}, {d}]."
+            f"[S, B, Hk, Tq, d] = [S, {b}, {hk}, {t}, {d}] and [S, B, Hk, Tq, dv] = "
+            f"[S, {b}, {hk}, {t}, {v.shape[3]}]."
         )
 
 

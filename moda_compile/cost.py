@@ -17,15 +17,17 @@ import sympy
 
 FFNKV = Literal["none", "projected", "shared"]
 
-#: Batch, tokens, width, layers, query heads per KV head, KV heads, head dim.
-B, T, D, L, G, HK, HEAD_DIM = sympy.symbols("B T D L G Hk d", positive=True, integer=True)
+#: Batch, tokens, width, layers, query heads per KV head, KV heads, head dim of keys and of values.
+B, T, D, L, G, HK, HEAD_DIM, VALUE_DIM = sympy.symbols(
+    "B T D L G Hk d dv", positive=True, integer=True
+)
 #: Bytes of one element of K or V, and of one element of the gradient accumulator.
 ELEMENT, ACCUMULATOR = sympy.symbols("element accumulator", positive=True, integer=True)
 #: Query heads Hq = G * Hk.
 HQ = G * HK
 
-#: One of K or V of one slot, in elements: [B, Hk, T, d].
-_SLOT = B * HK * T * HEAD_DIM
+#: K and V of one slot, in elements: [B, Hk, T, d] and [B, Hk, T, dv].
+_SLOT = B * HK * T * (HEAD_DIM + VALUE_DIM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Cost:
         bytes_written_backward: the gradient accumulator.
         saved_bytes: memory held from forward to backward: the FFN slots.  The attention's own keys
             and values are held anyway.
-        accumulator_bytes: memory of the gradient accumulator [slots, 2, B, Hk, T, d] in backward.
+        accumulator_bytes: memory of the gradient accumulator in backward, K and V of every slot.
     """
 
     parameters: sympy.Expr
@@ -81,15 +83,19 @@ class Cost:
         """The same with sizes put in, by symbol name: `evaluate(B=1, T=4096, L=36, Hk=8, ...)`.
 
         Args:
-            sizes: any of B, T, D, L, G, Hk, d, element, accumulator; numbers or SymPy expressions.
+            sizes: any of B, T, D, L, G, Hk, d, dv, element, accumulator; numbers or SymPy
+                expressions. dv is d where only that is given.
 
         Raises:
             ValueError: for a name that is none of these.
         """
-        by_name = {s.name: s for s in (B, T, D, L, G, HK, HEAD_DIM, ELEMENT, ACCUMULATOR)}
+        symbols = (B, T, D, L, G, HK, HEAD_DIM, VALUE_DIM, ELEMENT, ACCUMULATOR)
+        by_name = {s.name: s for s in symbols}
         unknown = sorted(set(sizes) - set(by_name))
         if unknown:
             raise ValueError(f"sizes: got {unknown}, expected some of {sorted(by_name)}")
+        if "d" in sizes:
+            sizes = {"dv": sizes["d"], **sizes}
         values = {by_name[name]: sympy.sympify(value) for name, value in sizes.items()}
         return Cost(
             **{
@@ -107,11 +113,13 @@ def slots_read(layer: Any, ffn_kv: FFNKV) -> sympy.Expr:
 def layer_cost(slots: Any, *, writes: bool = True, ffn_kv: FFNKV = "none") -> Cost:
     """Cost of one layer that reads `slots` slots.
 
-    Forward, per token, query head and slot: 2d for the score and 2d for the weighted value.
-    Backward: 2d each for the recomputed score, dp, dq, dk and dv.  Bytes: forward reads K and V of
-    every slot; backward reads them again and reads, adds to and writes the slot's accumulator.  A
-    layer that writes slots also clears its rows of the accumulator once and takes them out once.
-    (Where gradients are gathered, see `passes.gather`, backward moves less and has no accumulator.)
+    Forward, per token, query head and slot: 2d for the score and 2dv for the weighted value.
+    Backward: 2d each for the recomputed score, dq and dk, 2dv for dp and the value's gradient.
+    Bytes: forward reads K and V of every slot; backward reads them again and reads, adds to and
+    writes the slot's accumulator.  A layer that writes slots also clears its rows of the
+    accumulator once and takes them out once.
+    (Where gradients are gathered, see `passes.gather`, backward moves less and has no accumulator.
+    Where dv is not d, the kernels' rows are as long as the longer of both; see `passes.lower`.)
 
     Args:
         slots: S, a number or an expression.
@@ -121,19 +129,18 @@ def layer_cost(slots: Any, *, writes: bool = True, ffn_kv: FFNKV = "none") -> Co
     slots = sympy.sympify(slots)
     written = sympy.Integer(_slots_per_layer(ffn_kv) if writes else 0)
     projected = sympy.Integer(1 if writes and ffn_kv != "none" else 0)
-    matrix = 2 * D * HK * HEAD_DIM  # key and value weight [Hk * d, D]
+    matrix = D * HK * (HEAD_DIM + VALUE_DIM)  # key and value weight [Hk * d, D], [Hk * dv, D]
     return Cost(
         parameters=projected * matrix if ffn_kv == "projected" else sympy.Integer(0),
-        depth_flops_forward=4 * B * T * HQ * slots * HEAD_DIM,
-        depth_flops_backward=10 * B * T * HQ * slots * HEAD_DIM,
+        depth_flops_forward=2 * B * T * HQ * slots * (HEAD_DIM + VALUE_DIM),
+        depth_flops_backward=B * T * HQ * slots * (6 * HEAD_DIM + 4 * VALUE_DIM),
         projection_flops_forward=projected * 2 * B * T * matrix,
         projection_flops_backward=projected * 4 * B * T * matrix,
-        bytes_read_forward=slots * 2 * _SLOT * ELEMENT,
-        bytes_read_backward=slots * 2 * _SLOT * (ELEMENT + ACCUMULATOR)
-        + written * 2 * _SLOT * ACCUMULATOR,
-        bytes_written_backward=slots * 2 * _SLOT * ACCUMULATOR + written * 2 * _SLOT * ACCUMULATOR,
-        saved_bytes=projected * 2 * _SLOT * ELEMENT,
-        accumulator_bytes=written * 2 * _SLOT * ACCUMULATOR,
+        bytes_read_forward=slots * _SLOT * ELEMENT,
+        bytes_read_backward=slots * _SLOT * (ELEMENT + ACCUMULATOR) + written * _SLOT * ACCUMULATOR,
+        bytes_written_backward=(slots + written) * _SLOT * ACCUMULATOR,
+        saved_bytes=projected * _SLOT * ELEMENT,
+        accumulator_bytes=written * _SLOT * ACCUMULATOR,
     )
 
 
@@ -179,7 +186,7 @@ def _mechanisms() -> Mapping[str, Mapping[str, sympy.Expr]]:
     moda = model_cost("projected")
 
     def at(expression: sympy.Expr, tokens: Any) -> sympy.Expr:
-        sizes = {HEAD_DIM: D / HQ, B: 1, T: tokens}
+        sizes = {HEAD_DIM: D / HQ, VALUE_DIM: D / HQ, B: 1, T: tokens}
         return sympy.expand(expression.subs(sizes, simultaneous=True))
 
     def row_by_row(*expressions: sympy.Expr) -> dict[str, sympy.Expr]:

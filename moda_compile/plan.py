@@ -16,7 +16,7 @@ from moda_compile.patterns.row import Attention, Refused
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Attentions that share depth slots: one stream of tokens, and keys of one shape and dtype.
+    """Attentions that share depth slots: one stream of tokens; keys, values of one shape and dtype.
 
     Attributes:
         stream: number of the token stream; an encoder and a decoder are two.
@@ -46,6 +46,19 @@ class Slot:
     ffn: FFN | None = None
     key: Projection | None = None
     value: Projection | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Form of the rows, one token's of one head each, of an attention's tensors.
+
+    Attributes:
+        head_dim: elements of a row; what is narrower gets zeros behind its own.
+        token_major: whether the heads of a token lie one behind the other, [B, T, H, d].
+    """
+
+    head_dim: int
+    token_major: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +105,8 @@ class Plan:
         reads: for each attention, how many slots of its stack it reads.
         replaced: numbers of the attentions that the rewrite replaces, in order.
         lowerings: for each attention, (name, reason).
-        widths: for each stack, the head_dim that its queries, keys, values and slots are padded to,
-            token-major in memory; None where they are left as they come.
+        rows: for each stack, how queries, keys, values and slots are to lie in memory; None where
+            they are left as they come.
     """
 
     config: MoDAConfig
@@ -107,7 +120,7 @@ class Plan:
     reads: list[int] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
     lowerings: list[tuple[str, str]] = field(default_factory=list)
-    widths: list[int | None] = field(default_factory=list)
+    rows: list[Rows | None] = field(default_factory=list)
 
     def refuse(self, node: Node, pattern: str, refused: Refused, *, fatal: bool = False) -> None:
         """Record a refusal; raises it as RewriteError if the plan is strict or it is ``fatal``."""

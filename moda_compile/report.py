@@ -16,7 +16,7 @@ class AttentionReport:
         block: dotted path of the module whose forward calls it.
         source: ``file:line`` of the call, or ``None``.
         pattern: name of the row of ``moda_compile.patterns.PATTERNS`` that recognised it.
-        heads, kv_heads, head_dim: Hq, Hk, d; 0 if refused before they were known.
+        heads, kv_heads, head_dim, value_dim: Hq, Hk, d, dv; 0 if refused before they were known.
         causal: whether it was proven that token t sees tokens u <= t, and all of these.
         masked: whether the sequence part keeps a mask of the model's own instead.
         stack: number of the stack whose slots it shares; ``None`` if it is in none.
@@ -32,6 +32,7 @@ class AttentionReport:
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    value_dim: int = 0
     causal: bool = False
     masked: bool = False
     stack: int | None = None
@@ -74,7 +75,7 @@ class Report:
             rows.append(
                 (
                     str(i), a.block or "(model)", a.pattern, f"{a.heads}/{a.kv_heads}",
-                    str(a.head_dim), _mask(a), "-" if a.stack is None else str(a.stack),
+                    _head_dim(a), _mask(a), "-" if a.stack is None else str(a.stack),
                     spans(a.reads), spans(a.writes), a.lowering,
                 )
             )  # fmt: skip
@@ -90,6 +91,12 @@ class Report:
         if self.costs:
             lines += ["", *table([("cost", "formula", "here"), *self.costs])]
         return "\n".join(lines)
+
+
+def _head_dim(attention: AttentionReport) -> str:
+    """``"64"``, or ``"192/128"`` of keys and of values."""
+    sizes = dict.fromkeys((attention.head_dim, attention.value_dim))
+    return "/".join(map(str, sizes))
 
 
 def _mask(attention: AttentionReport) -> str:

@@ -28,10 +28,10 @@ def _costs(plan: Plan) -> tuple[tuple[str, str, str], ...]:
     The value is the sum over the stacks, each with L, Hk, d ... of its own.
     """
     formulas = cost.model_cost(plan.config.ffn_kv)
-    values = [
-        formulas.evaluate(**_sizes(plan, number))
-        for number in sorted({s.stack for s in plan.slots})
-    ]
+    sizes = [_sizes(plan, number) for number in sorted({s.stack for s in plan.slots})]
+    values = [formulas.evaluate(**own) for own in sizes]
+    if all(own["dv"] == own["d"] for own in sizes):
+        formulas = formulas.evaluate(dv=cost.HEAD_DIM)
     rows = (
         ("new parameters", "parameters", ""),
         ("depth FLOPs, forward", "depth_flops_forward", "FLOP"),
@@ -69,6 +69,7 @@ def _sizes(plan: Plan, number: int) -> dict[str, int]:
         "Hk": kv_heads,
         "G": int(query.shape[1]) // kv_heads,
         "d": head_dim,
+        "dv": int(fx.value(first.slot_value).shape[3]),
         "D": int(fx.value(ffn.input).shape[-1]) if ffn is not None else 0,
         "element": _bytes(dtype),
         "accumulator": _bytes(ops.accumulator_dtype(dtype, plan.config.accumulator_dtype)),
@@ -107,6 +108,7 @@ def _attentions(plan: Plan) -> tuple[AttentionReport, ...]:
                 heads=int(query.shape[1]),
                 kv_heads=int(key.shape[1]),
                 head_dim=int(query.shape[3]),
+                value_dim=int(fx.value(attention.value).shape[3]),
                 causal=attention.is_causal,
                 masked=attention.mask is not None or attention.sequence is not None,
                 stack=stack_of.get(layer),

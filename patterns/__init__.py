@@ -17,7 +17,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         name="sdpa",
         accepts="F.scaled_dot_product_attention with any mask, over a KV cache or without one.",
-        refuses="Dropout in training, values wider than keys, a scale that is a tensor.",
+        refuses="Dropout in training, a scale that is a tensor.",
         match=sdpa.match,
     ),
     Pattern(
@@ -39,7 +39,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         name="flex",
         accepts="FlexAttention with any score_mod and block_mask, through its lse.",
-        refuses="An lse that the model uses itself, BACKEND='FLASH', values wider than keys.",
+        refuses="An lse that the model uses itself, BACKEND='FLASH'.",
         match=flex.match,
     ),
     Pattern(

@@ -103,7 +103,7 @@ def _attention(product: products.Product, weights: Node) -> Attention:
         return scores, of, heads.arrange(of)
 
     scores, of, to = read(weights, layouts[weights], keys, node, accept)
-    _check(node, scores, of)
+    _check(node, scores)
     scale = scores.factor * of.query[-1].factor * of.key[-1].factor
     if not (scale > 0 and math.isfinite(scale)):
         raise Unclear(f"its scale is {scale:g}")
@@ -181,14 +181,8 @@ def _query_and_key(
     return query, key, features
 
 
-def _check(node: Node, scores: Scores, of: heads.Operands) -> None:
+def _check(node: Node, scores: Scores) -> None:
     """What would make the rewritten attention another one."""
-    if math.prod(p.size for p in of.features) != math.prod(p.size for p in of.channels):
-        sizes = [math.prod(p.size for p in x) for x in (of.features, of.channels)]
-        raise Unclear(
-            f"keys have head_dim {sizes[0]}, values {sizes[1]}, and depth slots need one",
-            "use one head_dim for keys and values.",
-        )
     chain = {*scores.chain, scores.product.node}
     ends = {node, *(node.all_input_nodes if fx.calls(node, "sum") else ())}
     for own in chain:

@@ -47,8 +47,8 @@ def _operands(a: Attention) -> str | None:
         if wrong is not None:
             return wrong
     q, k, v = (_shape(x) for x in (a.query, a.key, a.value))
-    if k != v:
-        return f"keys {tuple(k)} and values {tuple(v)}, expected one shape [B, Hk, T, d]"
+    if k[:3] != v[:3]:
+        return f"keys {tuple(k)} and values {tuple(v)}, expected [B, Hk, T, d] and [B, Hk, T, dv]"
     if (q[0], q[3]) != (k[0], k[3]) or q[1] == 0 or k[1] == 0 or q[1] % k[1]:
         return (
             f"queries {tuple(q)} over keys {tuple(k)}, expected [B, Hq, T, d] and [B, Hk, T, d] "
@@ -95,7 +95,8 @@ def _sequence(a: Attention) -> str | None:
     if a.mask is not None or a.is_causal:
         return "it has a mask or is_causal beside a sequence, whose own business that is"
     out, lse = a.sequence
-    for what, x, shape in (("output", out, _shape(a.query)), ("lse", lse, _shape(a.query)[:3])):
+    rows = _shape(a.query)[:3]
+    for what, x, shape in (("output", out, [*rows, _shape(a.value)[3]]), ("lse", lse, rows)):
         wrong = _tensor(f"sequence's {what}", x, a.node)
         if wrong is None and _shape(x) != shape:
             wrong = f"sequence's {what} has shape {tuple(_shape(x))}, expected {tuple(shape)}"
@@ -105,40 +106,41 @@ def _sequence(a: Attention) -> str | None:
 
 
 def _own(a: Attention) -> str | None:
-    q, k = _shape(a.query), _shape(a.key)
-    for what, x in (("own_key", a.own_key), ("own_value", a.own_value)):
+    queries = _shape(a.query)[2]
+    for what, x, whole in (("own_key", a.own_key, a.key), ("own_value", a.own_value, a.value)):
         if (a.own_key is None) != (a.own_value is None):
             return "it has one of own_key and own_value, expected both or none"
         wrong = None if x is None else _tensor(what, x, a.node)
-        if x is not None and wrong is None and _shape(x) != [k[0], k[1], q[2], k[3]]:
-            wrong = f"{what} has shape {tuple(_shape(x))}, expected [B, Hk, Tq, d]"
+        batch, heads, _, width = _shape(whole)
+        if x is not None and wrong is None and _shape(x) != [batch, heads, queries, width]:
+            wrong = f"{what} has shape {tuple(_shape(x))}, expected [B, Hk, Tq, {width}]"
         if wrong is not None:
             return wrong
     return None
 
 
 def _result(a: Attention) -> str | None:
-    """Whether the steps of ``restore`` lead from [B, Hq, T, d] to what ``node`` yields."""
+    """Whether the steps of ``restore`` lead from [B, Hq, T, dv] to what ``node`` yields."""
     if not isinstance(fx.value(a.node), Tensor):
         return "node yields no tensor"
     if not isinstance(a.restore, Sequence) or not all(isinstance(s, Step) for s in a.restore):
         return f"restore is {a.restore!r}, expected a tuple of Steps"
-    shape, expected = fx.value(a.query).shape, _shape(a.node)
+    shape, expected = (*fx.value(a.query).shape[:3], fx.value(a.value).shape[3]), _shape(a.node)
     if a.restore:
         try:
             shape = _replayed(a).shape
         except Exception as error:
-            return f"restore can't be applied to [B, Hq, T, d]: {type(error).__name__}: {error}"
+            return f"restore can't be applied to [B, Hq, T, dv]: {type(error).__name__}: {error}"
     if [fx.hint(s) for s in shape] != expected:
         got = tuple(fx.hint(s) for s in shape)
-        return f"restore leads from [B, Hq, T, d] to {got}, but node yields {tuple(expected)}"
+        return f"restore leads from [B, Hq, T, dv] to {got}, but node yields {tuple(expected)}"
     return None
 
 
 def _replayed(a: Attention) -> Tensor:
-    query = fx.value(a.query)
+    query, value = fx.value(a.query), fx.value(a.value)
     with query.fake_mode, torch.no_grad(), fx.autocast_at(a.node):
-        x = torch.empty_like(query, dtype=fx.value(a.node).dtype)
+        x = query.new_empty(*query.shape[:3], value.shape[3], dtype=fx.value(a.node).dtype)
         for step in a.restore:
             args, kwargs = fx.values((step.args, dict(step.kwargs)))
             method = isinstance(step.target, str)

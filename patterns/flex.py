@@ -55,12 +55,6 @@ def match(node: Node) -> Attention | None:
 
 
 def _check(call: Node, given: dict[str, Any]) -> None:
-    q, k, v = (fx.value(given[name]) for name in ("query", "key", "value"))
-    if k.shape[-1] != v.shape[-1]:
-        raise Refused(
-            f"keys have head_dim {k.shape[-1]}, values {v.shape[-1]}: depth slots need one.",
-            "use one head_dim for keys and values.",
-        )
     if isinstance(given["scale"], Node):
         raise Refused(
             "the scale is a tensor or a symbolic value.", "pass scale= as a Python float, or None."

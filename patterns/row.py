@@ -82,8 +82,8 @@ class Step:
 class Attention:
     """One attention, softmax(scale q k^T + mask) v, as dataflow.
 
-    Queries [B, Hq, Tq, d], keys and values [B, Hk, Tk, d] come in one layout; with a KV cache there
-    are more keys than queries. Where the graph has another, the
+    Queries [B, Hq, Tq, d], keys [B, Hk, Tk, d] and values [B, Hk, Tk, dv] come in one layout; with
+    a KV cache there are more keys than queries. Where the graph has another, the
     match appends views (:func:`moda_compile.fx.insert`) in front of ``node``; those that nothing
     comes to use are removed again. Whether it is self-attention, and of which stack, is for the
     passes to find out.
@@ -92,20 +92,21 @@ class Attention:
         node: the node whose result is replaced.
         pattern: name of the row that found it.
         query: node of the queries [B, Hq, Tq, d], as its scores use them (normed, rotated).
-        key, value: nodes of [B, Hk, Tk, d] before any repetition over the query heads of a group.
+        key, value: nodes of [B, Hk, Tk, d] and [B, Hk, Tk, dv] before any repetition over the query
+            heads of a group.
         is_causal: whether token t sees tokens u <= t only, the last query being the last key's
             token; otherwise what ``mask`` says, or all.
         scale: factor of every score; ``None`` means 1 / sqrt(d).
         mask: node of a mask of the sequence's scores, broadcastable to [B, Hq, Tq, Tk]: bool (True
             attends) or additive. ``None`` with ``is_causal``.
         max_length: the longest Tk for which ``is_causal`` was checked; ``None`` if for every one.
-        restore: how ``node``'s result is made from the combined attention's [B, Hq, Tq, d].
-        sequence: nodes of the sequence part's own output [B, Hq, Tq, d] and lse [B, Hq, Tq]
+        restore: how ``node``'s result is made from the combined attention's [B, Hq, Tq, dv].
+        sequence: nodes of the sequence part's own output [B, Hq, Tq, dv] and lse [B, Hq, Tq]
             (natural logarithm), where the graph computes it by a call that is to stay; depth is
             then merged into it, and mask and is_causal are that call's own business.
-        own_key, own_value: nodes [B, Hk, Tq, d] of what key and value hold of the queries' own
-            tokens, where they hold others as well. A row may leave them ``None``: what is put into
-            a KV cache is found for it (`moda_compile.patterns.cache`).
+        own_key, own_value: nodes [B, Hk, Tq, d] and [B, Hk, Tq, dv] of what key and value hold of
+            the queries' own tokens, where they hold others as well. A row may leave them ``None``:
+            what is put into a KV cache is found for it (`moda_compile.patterns.cache`).
     """
 
     node: Node
@@ -129,7 +130,7 @@ class Attention:
 
     @property
     def slot_value(self) -> Node:
-        """The values [B, Hk, Tq, d] that a depth slot is made of."""
+        """The values [B, Hk, Tq, dv] that a depth slot is made of."""
         return self.value if self.own_value is None else self.own_value
 
 

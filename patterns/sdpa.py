@@ -19,7 +19,7 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale
 
 @dataclass(frozen=True, kw_only=True)
 class _Operands:
-    """Queries, keys and values as [B, H, T, d], and what that takes."""
+    """Queries and keys as [B, H, T, d], values as [B, H, T, dv], and what that takes."""
 
     query: Node
     key: Node
@@ -46,7 +46,6 @@ def match(node: Node) -> Attention | None:
             "the scale is a tensor or a symbolic value.", "pass scale= as a Python float, or None."
         )
     query, key, value, mask = (bound.get(name) for name in _NAMES[:4])
-    _check_features(key, value)
     try:
         given = _operands(node, query, key, value, mask)
     except Unclear as unclear:
@@ -89,15 +88,6 @@ def _upper_left(node: Node, given: _Operands) -> Node:
         return fx.insert(gm, "tril", (full,), like=node)
 
 
-def _check_features(key: Any, value: Any) -> None:
-    k, v = fx.value(key), fx.value(value)
-    if k.shape[-1] != v.shape[-1]:
-        raise Refused(
-            f"keys have head_dim {k.shape[-1]}, values {v.shape[-1]}: depth slots need one.",
-            "use one head_dim for keys and values.",
-        )
-
-
 def _operands(node: Node, query: Any, key: Any, value: Any, mask: Any) -> _Operands:
     named, keyed = _layout(query, "t", "d"), _layout(key, "u", "d")
     scaled = heads.trace(key, keyed, scaling=True, by=node, at=node)
@@ -117,7 +107,7 @@ def _operands(node: Node, query: Any, key: Any, value: Any, mask: Any) -> _Opera
         return _arranged(node, of, mask)
     count = fx.value(query).shape[1]
     sources = [grouped_query.before_repeat(x, count) for x in (key, value)]
-    if fx.value(sources[0]).shape == fx.value(sources[1]).shape:
+    if fx.value(sources[0]).shape[:3] == fx.value(sources[1]).shape[:3]:
         key, value = sources  # else only one is a repetition, such as a key rotated after it
     return _Operands(query=query, key=key, value=value, mask=mask)
 

@@ -102,6 +102,7 @@ def _check(call: Node, given: dict[str, Any], left: Any, right: Any) -> None:
     k, v = (fx.value(given[name]) for name in ("key", "value"))
     if k.shape[-1] != v.shape[-1]:
         raise Refused(
-            f"keys have head_dim {k.shape[-1]}, values {v.shape[-1]}: depth slots need one.",
-            "use one head_dim for keys and values.",
+            f"varlen_attn with keys of head_dim {k.shape[-1]} and values of {v.shape[-1]}: its "
+            "kernels have one.",
+            "pad the values with zeros, and cut the output.",
         )

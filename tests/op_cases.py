@@ -23,14 +23,16 @@ def make(
     t: int = 7,
     keys: int | None = None,
     d: int = 16,
+    dv: int | None = None,
     s: int = 3,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> list[Tensor]:
-    """q, k, v, depth_k, depth_v, standard normal; by default as many keys as queries."""
+    """q, k, v, depth_k, depth_v, standard normal; by default as many keys as queries, dv = d."""
     generator = torch.Generator().manual_seed(seed)
-    sequence = (b, hk, t if keys is None else keys, d)
-    shapes = [(b, hk * groups, t, d), sequence, sequence] + [(s, b, hk, t, d)] * 2
+    sequence, slots = (b, hk, t if keys is None else keys), (s, b, hk, t)
+    dv = d if dv is None else dv
+    shapes = [(b, hk * groups, t, d), (*sequence, d), (*sequence, dv), (*slots, d), (*slots, dv)]
     return [torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for x in shapes]
 
 

@@ -18,6 +18,7 @@ from moda_compile import cost
 from moda_compile.cost import Cost, layer_cost, leading_term, model_cost
 
 SIZES = {"B": 2, "T": 5, "D": 24, "L": 4, "G": 3, "Hk": 2, "d": 4, "element": 8, "accumulator": 8}
+VALUE_DIMS = pytest.mark.parametrize("value_dim", [4, 7])
 KINDS = ("none", "projected", "shared")
 
 # arXiv 2603.15619, Table 1, as printed there: depth dense, depth attention, MoDA.
@@ -85,7 +86,11 @@ def test_sizes_may_be_expressions() -> None:
     half = sympy.Symbol("half", positive=True, integer=True)
     evaluated = model_cost("none").evaluate(T=2 * half, L=3, element=cost.ACCUMULATOR)
     assert evaluated.bytes_read_forward == (
-        3 * 2 * cost.B * cost.HK * 2 * half * cost.HEAD_DIM * cost.ACCUMULATOR
+        3 * cost.B * cost.HK * 2 * half * (cost.HEAD_DIM + cost.VALUE_DIM) * cost.ACCUMULATOR
+    )
+    # dv is d's where only that is given.
+    assert evaluated.evaluate(d=4).bytes_read_forward == evaluated.bytes_read_forward.subs(
+        {cost.HEAD_DIM: 4, cost.VALUE_DIM: 4}
     )
 
 
@@ -123,7 +128,7 @@ class Meter(TorchDispatchMode):
 
 
 def forward(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Depth attention alone, one small matrix product a token: q [N, G, d], slots [N, d].
+    """Depth attention alone, one small matrix product a token: q [N, G, d], slots [N, d or dv].
 
     N runs over batch, KV head and token.
     """
@@ -141,28 +146,35 @@ def backward(
     lse: Tensor,
     accumulator: Tensor,
 ) -> Tensor:
-    """dq; adds dk and dv into `accumulator [slots, 2, N, d]`; the scores are recomputed."""
+    """dq; adds dk and dv into `accumulator [slots, N, d + dv]`; the scores are recomputed."""
     key, value = torch.stack(keys, dim=1), torch.stack(values, dim=1)
     p = (torch.bmm(q, key.transpose(1, 2)) - lse[..., None]).exp()
     dp = torch.bmm(grad, value.transpose(1, 2))
     dz = p * (dp - (grad * out).sum(-1, keepdim=True))
     dk, dv = torch.bmm(dz.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
     for slot in range(len(keys)):
-        accumulator[slot, 0].add_(dk[:, slot])
-        accumulator[slot, 1].add_(dv[:, slot])
+        for side, made in zip(_sides(accumulator[slot], q.shape[-1]), (dk, dv), strict=True):
+            side.add_(made[:, slot])
     return torch.bmm(dz, key)
 
 
+def _sides(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    return rows[:, :head_dim], rows[:, head_dim:]
+
+
+@VALUE_DIMS
 @pytest.mark.parametrize("ffn_kv", ["none", "shared"])
-def test_flops_and_bytes_of_a_plain_implementation(ffn_kv: Any) -> None:
+def test_flops_and_bytes_of_a_plain_implementation(ffn_kv: Any, value_dim: int) -> None:
     """A whole stack's depth, forward then backward: every count equals its formula."""
     layers, rows = SIZES["L"], SIZES["B"] * SIZES["Hk"] * SIZES["T"]
     per_layer = 1 if ffn_kv == "none" else 2
     slots = per_layer * (layers - 1)
-    shape = (rows, SIZES["d"])
-    keys, values = ([torch.randn(shape).double() for _ in range(slots)] for _ in range(2))
+    head_dims = SIZES["d"], value_dim
+    keys, values = (
+        [torch.randn(rows, width).double() for _ in range(slots)] for width in head_dims
+    )
     queries = [torch.randn(rows, SIZES["G"], SIZES["d"]).double() for _ in range(layers)]
-    expected = model_cost(ffn_kv).evaluate(**SIZES)
+    expected = model_cost(ffn_kv).evaluate(**SIZES, dv=value_dim)
 
     results = []
     with FlopCounterMode(display=False) as counter, Meter(*keys, *values) as meter:
@@ -172,7 +184,7 @@ def test_flops_and_bytes_of_a_plain_implementation(ffn_kv: Any) -> None:
     assert counter.get_total_flops() == expected.depth_flops_forward
     assert (meter.read, meter.written) == (expected.bytes_read_forward, 0)
 
-    accumulator = torch.empty(slots, 2, *shape, dtype=torch.float64)
+    accumulator = torch.empty(slots, rows, sum(head_dims), dtype=torch.float64)
     assert accumulator.nbytes == expected.accumulator_bytes
     grads: dict[int, Tensor] = {}
     taken: list[Tensor] = []
@@ -184,7 +196,8 @@ def test_flops_and_bytes_of_a_plain_implementation(ffn_kv: Any) -> None:
             arguments = queries[layer], keys[:seen], values[:seen], out, lse
             grads[layer] = backward(torch.ones_like(out), *arguments, accumulator)
             # All readers of layer - 1's slots have run: it takes their gradients out.
-            taken = [accumulator[slot].clone() for slot in range(seen - per_layer, seen)] + taken
+            own = accumulator[seen - per_layer : seen]
+            taken = [[x.clone() for x in _sides(slot, head_dims[0])] for slot in own] + taken
     assert counter.get_total_flops() == expected.depth_flops_backward
     assert meter.read == expected.bytes_read_backward
     assert meter.written == expected.bytes_written_backward
@@ -204,10 +217,12 @@ def test_flops_and_bytes_of_a_plain_implementation(ffn_kv: Any) -> None:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_flops_of_the_projections() -> None:
-    tokens, width, kv = SIZES["B"] * SIZES["T"], SIZES["D"], SIZES["Hk"] * SIZES["d"]
-    expected = model_cost("projected").evaluate(**SIZES)
-    weights = [torch.randn(kv, width, requires_grad=True) for _ in range(2 * (SIZES["L"] - 1))]
+@VALUE_DIMS
+def test_flops_of_the_projections(value_dim: int) -> None:
+    tokens, width = SIZES["B"] * SIZES["T"], SIZES["D"]
+    expected = model_cost("projected").evaluate(**SIZES, dv=value_dim)
+    head_dims = [SIZES["d"], value_dim] * (SIZES["L"] - 1)
+    weights = [torch.randn(SIZES["Hk"] * n, width, requires_grad=True) for n in head_dims]
     x = torch.randn(tokens, width, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         outputs = [torch.nn.functional.linear(x, weight) for weight in weights]

@@ -28,6 +28,17 @@ def test_dtypes_and_head_dims(dtype: torch.dtype, head_dim: int, is_causal: bool
     check(make(d=head_dim, dtype=dtype), is_causal=is_causal)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("d", "dv"), [(24, 16), (16, 24), (1, 8), (12, 5)])
+@pytest.mark.parametrize("slots", [0, 3])
+def test_values_of_another_head_dim(d: int, dv: int, slots: int, dtype: torch.dtype) -> None:
+    tensors = make(d=d, dv=dv, s=slots, dtype=dtype)
+    check(tensors, is_causal=True)
+    check(tensors, is_causal=False, attn_mask=torch.ones(7, 7).tril(-1).bool())
+    out, _ = moda(*tensors, is_causal=True)
+    assert out.shape == (2, 4, 7, dv) and out.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("slots", [0, 1, 5])
 @pytest.mark.parametrize(("hk", "groups"), [(1, 1), (3, 1), (1, 3), (2, 4), (1, 8)])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
@@ -246,11 +257,14 @@ def other(index: int, change: Callable[[Tensor], Any]) -> list[Any]:
         (other(0, lambda x: x[:, :3]), "q has 3 heads, which is not a multiple of the 2"),
         (other(0, lambda x: x[:, :0]), "q has 0 heads"),
         (make(hk=0), "q has 0 heads"),
-        (make(d=0), "head_dim"),
+        (make(d=0), "q has head_dim 0"),
+        (make(dv=0), "v has head_dim 0"),
+        (make()[:4] + make(dv=8)[4:], r"depth_k, depth_v: got .* \[S, B, Hk, Tq, dv\] = .*, 16\]"),
+        (make(dv=8)[:4] + make()[4:], r"depth_k, depth_v: got .* \[S, B, Hk, Tq, dv\] = .*, 8\]"),
         (other(3, lambda x: x[:2]), r"depth_k, depth_v: got \(2, 2, 2, 7, 16\) and \(3, 2"),
         (other(4, lambda x: x[:, :1]), r"depth_k, depth_v: .* \[S, 2, 2, 7, 16\]"),
-        (make()[:3] + make(hk=4)[3:], r"depth_k, depth_v: got .* expected both"),
-        (make()[:3] + make(t=8)[3:], r"depth_k, depth_v: got .* expected both"),
+        (make()[:3] + make(hk=4)[3:], r"depth_k, depth_v: got .* expected \[S, B, Hk, Tq, d\]"),
+        (make()[:3] + make(t=8)[3:], r"depth_k, depth_v: got .* expected \[S, B, Hk, Tq, d\]"),
     ],
 )
 def test_bad_inputs(tensors: list[Any], message: str) -> None:

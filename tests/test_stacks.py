@@ -111,7 +111,7 @@ def test_checkpoints_and_shared_layers_are_the_same_model() -> None:
     plain, saved = RandomStack(config), RandomStack(replace(config, checkpoint=True))
     (ids,) = config.inputs()
     assert torch.equal(plain(ids), saved(ids))
-    stack = (1, 8)
+    stack = (1, 8, 8)
     own, reader = stack, Reader(stack=stack)
     assert plain.oracle("none", {})["stacks"] == [own, reader, own] * 2
 
@@ -119,7 +119,7 @@ def test_checkpoints_and_shared_layers_are_the_same_model() -> None:
 def test_a_pair_keeps_its_stacks_apart() -> None:
     config = PairConfig(second=StackConfig(layers=2, head_dim=4, width=8), join="cross")
     pair = RandomPair(config)
-    first, second = ("first", (1, 8)), ("second", (1, 4))
+    first, second = ("first", (1, 8, 8)), ("second", (1, 4, 4))
     expected = [first, first, second, None, second, None]
     assert pair.oracle("none", {})["stacks"] == expected
     mode = ReferenceMode(pair, **pair.oracle("none", {}))
@@ -140,6 +140,8 @@ def test_impossible_configs_are_refused() -> None:
     for options in (
         {"groups": 2, "core": ByHand()},
         {"module": "batch_first", "rotary": "half"},
+        {"module": "batch_first", "value_dim": 4},
+        {"projection": "grouped", "value_dim": 4},
         {"variants": (Variant(shares_kv=True),)},
         {"variants": (Variant(), Variant(shares_kv=True, head_dim=16))},
     ):

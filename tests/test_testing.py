@@ -332,13 +332,20 @@ def test_a_call_of_no_stack_is_the_original() -> None:
 
 
 def test_without_stacks_they_are_told_by_shape() -> None:
-    """Keys of one shape share; between different lengths there is nothing to share."""
+    """K and V of one shape share; between different lengths there is nothing to share."""
     q, wide, memory = randn(1, 2, 3, 4), randn(1, 2, 3, 6), randn(1, 2, 5, 4)
     with ReferenceMode() as mode:
-        for x, y in ((q, q), (wide, wide), (q, memory), (q, q)):
-            F.scaled_dot_product_attention(x, y, y)
-    assert (mode.attentions, mode.calls) == (3, 4)
-    assert [slots_of(mode, tuple(x.shape)) for x in (q, wide, memory)] == [2, 1, 0]
+        for x, y, z in (
+            (q, q, q),
+            (wide, wide, wide),
+            (q, memory, memory),
+            (q, q, wide),
+            (q, q, q),
+        ):
+            F.scaled_dot_product_attention(x, y, z)
+    assert (mode.attentions, mode.calls) == (4, 5)
+    shapes = [(1, 2, 3, 4, 4), (1, 2, 3, 6, 6), (1, 2, 5, 4, 4), (1, 2, 3, 4, 6)]
+    assert [slots_of(mode, shape) for shape in shapes] == [2, 1, 0, 1]
 
 
 def test_a_dead_row_is_the_originals_without_slots_and_all_depth_with() -> None:

@@ -10,15 +10,16 @@ import torch
 from torch.fx import GraphModule
 
 from moda_compile import fx
-from moda_compile.plan import Plan
+from moda_compile.patterns.row import Attention
+from moda_compile.plan import Plan, Rows
 
 
 def run(gm: GraphModule, plan: Plan) -> None:
-    """Fill in ``plan.lowerings`` and ``plan.widths``."""
+    """Fill in ``plan.lowerings`` and ``plan.rows``."""
     from moda_compile import kernels
 
     replaced = set(plan.replaced)
-    widths: dict[int, int | None] = {}
+    wanted: dict[int, int | None] = {}
     for layer, attention in enumerate(plan.attentions):
         if layer not in replaced:
             plan.lowerings.append(("unchanged", "there is no slot to attend to"))
@@ -27,7 +28,7 @@ def run(gm: GraphModule, plan: Plan) -> None:
         what = {
             "device_type": query.device.type,
             "dtype": fx.value(attention.node).dtype,
-            "head_dim": int(query.shape[-1]),
+            "head_dim": max(_head_dims(attention)),
         }
         if attention.sequence is not None:
             chosen = kernels.choose_merge(**what)
@@ -45,8 +46,29 @@ def run(gm: GraphModule, plan: Plan) -> None:
             )
             # A KV cache, of which the query's tokens are a part, would be copied as a whole.
             if attention.own_key is None and fx.hint(lengths[0]) == fx.hint(lengths[1]):
-                widths[layer] = kernels.row_elements(chosen, what["head_dim"])
+                wanted[layer] = kernels.row_elements(chosen, what["head_dim"])
         plan.lowerings.append((chosen.name, chosen.reason))
     for stack in plan.stacks:
-        found = {widths.get(layer) for layer in stack.members if layer in replaced}
-        plan.widths.append(found.pop() if len(found) == 1 else None)
+        found = {wanted.get(layer) for layer in stack.members if layer in replaced}
+        plan.rows.append(_rows(plan.attentions[stack.members[0]], found))
+
+
+def _rows(member: Attention, wanted: set[int | None]) -> Rows | None:
+    """Of a stack with this member.
+
+    Args:
+        member: one of the stack's attentions, which have the same head_dims.
+        wanted: the row elements that its lowerings want, if they want any.
+    """
+    elements = wanted.pop() if len(wanted) == 1 else None
+    if elements is not None:
+        return Rows(head_dim=elements, token_major=True)
+    head_dims = _head_dims(member)
+    # The kernels, and a slot of one accumulator, have one head_dim.
+    return Rows(head_dim=max(head_dims), token_major=False) if len({*head_dims}) > 1 else None
+
+
+def _head_dims(attention: Attention) -> tuple[int, int]:
+    """Of keys, and so of queries, and of values."""
+    key, value = (int(fx.value(x).shape[-1]) for x in (attention.key, attention.value))
+    return key, value

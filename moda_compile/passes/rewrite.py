@@ -4,7 +4,7 @@ Why it is safe: every use of an attention's output gets the new output, of the s
 and layout; every slot is written in front of its first reader; and a writer's keys and values are
 the very tensors that its own attention uses, or puts into the KV cache that it uses. Where the plan
 has them padded, the columns added are zero: they add nothing to a score, and the output's are taken
-off again.
+off again. So values may have another head_dim than keys.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class _Chain:
         self.slots = [slot for slot in plan.slots if slot.stack == stack]
         first = plan.attentions[plan.stacks[stack].members[0]]
         self.dtype = fx.value(first.node).dtype
-        self.head_dim = int(fx.value(first.query).shape[-1])
-        self.width = plan.widths[stack]
+        self.value_dim = int(fx.value(first.value).shape[-1])
+        self.rows = plan.rows[stack]
         self.replaced = set(plan.replaced)
         self.own = {slot.layer: slot for slot in self.slots if slot.ffn is None}
         self.keys: list[Node] = []
@@ -86,10 +86,13 @@ class _Chain:
         # behind it, and Inductor adds it to the sequence part's gradient for free.
         depth = list(self.keys), list(self.values)
         if slot is not None:
-            own = key, value
+            own_key, own_value = key, value
             if attention.own_key is not None:  # key and value are a KV cache, of others' tokens too
-                own = self._cast(attention.slot_key, attention.slot_value, like=node)
-            self.write(slot, *own, like=node)
+                own_key, own_value = (
+                    self._laid_out(x, like=node)
+                    for x in self._cast(attention.slot_key, attention.slot_value, like=node)
+                )
+            self.write(slot, own_key, own_value, like=node)
         if not replaced:
             return
         assert self.token is not None and len(depth[0]) == self.plan.reads[layer]
@@ -97,6 +100,7 @@ class _Chain:
         args: tuple[Any, ...]
         if attention.sequence is not None:
             out, lse = attention.sequence
+            out = self._laid_out(out, like=node)
             op, args = (
                 torch.ops.moda_compile.join.default,
                 (out, lse, query, self.token, *depth, scale),
@@ -106,8 +110,8 @@ class _Chain:
             op, args = _attend, args if attention.mask is None else (*args, attention.mask)
         both = fx.insert(self.gm, op, args, like=node, instead=_without(args, depth))
         output, self.token = fx.item(self.gm, both, 0), fx.item(self.gm, both, 1)
-        if self.width not in (None, self.head_dim) and attention.sequence is None:
-            output = self._by_token(output, "narrow", (-1, 0, self.head_dim), like=node)
+        if self.rows is not None and self.rows.head_dim > self.value_dim:
+            output = self._by_token(output, "narrow", (-1, 0, self.value_dim), like=node)
             output = self._by_token(output, "contiguous", (), like=node)
         for step in attention.restore:
             output = fx.insert(
@@ -123,13 +127,13 @@ class _Chain:
         return tuple(fx.insert(self.gm, "to", (x, self.dtype), like=like) for x in nodes)
 
     def _laid_out(self, x: Node, like: Node) -> Node:
-        """x [B, H, T, d] as the kernels want it: zero columns behind its own, token-major."""
-        if self.width is None:
+        """x [B, H, T, d] as the plan wants it: zero columns behind its own, token-major."""
+        if self.rows is None:
             return x
-        if self.width == self.head_dim:
-            return self._by_token(x, "contiguous", (), like=like)
-        pad, columns = torch.nn.functional.pad, (0, self.width - self.head_dim)
-        return self._by_token(x, pad, (columns,), like=like)
+        missing = self.rows.head_dim - int(fx.value(x).shape[-1])
+        if missing:
+            return self._by_token(x, torch.nn.functional.pad, ((0, missing),), like=like)
+        return self._by_token(x, "contiguous", (), like=like) if self.rows.token_major else x
 
     def _by_token(self, x: Node, target: Any, args: tuple[Any, ...], like: Node) -> Node:
         """A call whose result lies in memory as [B, T, H, d] does, of x and to x's axes."""

@@ -1,8 +1,8 @@
 """Sort the attentions found into stacks, whose members share depth slots.
 
 A stream is what queries follow one another in: attention j belongs to i's if its query depends on
-i's output. Within a stream, slots are shared between attentions whose keys agree in shape, dtype
-and device. Where the number of tokens changes (pooling, merged patches), they are other tokens, and
+i's output. Within a stream, slots are shared between attentions whose keys and values agree in shape,
+dtype and device. Where the number of tokens changes (pooling, merged patches), they are other tokens, and
 what comes behind shares nothing with what came before.
 """
 
@@ -138,12 +138,12 @@ def _same_tokens(before: tuple[Any, ...], size: tuple[Any, ...]) -> bool:
 
 
 def _stacks(plan: Plan, stream: int, members: list[int]) -> list[Stack]:
-    """The members of one stage by the shape, dtype and device of their keys."""
+    """The members of one stage by the shape, dtype and device of their keys and values."""
     groups: list[tuple[tuple[Any, ...], list[int]]] = []
     for number in members:
         attention = plan.attentions[number]
-        key = fx.value(attention.slot_key)
-        own = (*key.shape, fx.value(attention.node).dtype, key.device)
+        key, value = fx.value(attention.slot_key), fx.value(attention.slot_value)
+        own = (*key.shape, value.shape[3], fx.value(attention.node).dtype, key.device)
         group = next((numbers for kind, numbers in groups if _agree(kind, own)), None)
         if group is None:
             groups.append((own, [number]))

@@ -17,7 +17,7 @@ from moda_compile.plan import Plan, Slot, Stack
 
 _ALONE = Refused(
     "the attentions do not form one stack, nor several: no two of them follow one another with "
-    "keys of one shape, so none has depth KV to read.",
+    "keys and values of one shape, so none has depth KV to read.",
     "convert the part of the model that holds the stack, or leave the model as it is.",
 )
 

@@ -68,15 +68,16 @@ class Attention(nn.Module):
         self.shares_kv = shares_kv
         width, head_dim, bias = config.model_width, config.head_dim, config.bias
         query, kv = config.query_heads * head_dim, config.kv_heads * head_dim
+        values = config.kv_heads * config.values
         if shares_kv:
             self.q = nn.Linear(width, query, bias=bias)
         elif config.projection == "separate":
             self.q = nn.Linear(width, query, bias=bias)
             self.k = nn.Linear(width, kv, bias=bias)
-            self.v = nn.Linear(width, kv, bias=bias)
+            self.v = nn.Linear(width, values, bias=bias)
         else:
-            self.qkv = nn.Linear(width, query + 2 * kv, bias=bias)
-        self.out = nn.Linear(query, width, bias=bias)
+            self.qkv = nn.Linear(width, query + kv + values, bias=bias)
+        self.out = nn.Linear(config.query_heads * config.values, width, bias=bias)
         kind = "rms" if config.norm == "layer" else config.norm
         if config.qk_norm == "head":
             self.q_norm = Norm(kind, head_dim)
@@ -86,7 +87,7 @@ class Attention(nn.Module):
             self.k_norm = Norm(kind, head_dim if config.qk_norm == "head" else kv)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[B, T, Hq * d]`, k and v `[B, T, Hk * d]`, except `[B, T, H, d]` when interleaved."""
+        """q `[B, T, Hq * d]`, k and v `[B, T, Hk * d]` (dv), or `[B, T, H, d]` if interleaved."""
         config = self.config
         query, kv = config.query_heads * config.head_dim, config.kv_heads * config.head_dim
         if config.projection == "separate":
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         if config.projection == "chunk":
             q, k, v = packed.chunk(3, dim=-1)
         elif config.projection == "sizes":
-            q, k, v = packed.split([query, kv, kv], dim=-1)
+            q, k, v = packed.split([query, kv, config.kv_heads * config.values], dim=-1)
         elif config.projection == "interleaved":
             q, k, v = packed.view(*x.shape[:2], config.query_heads, 3, config.head_dim).unbind(3)
         else:
@@ -111,7 +112,7 @@ class Attention(nn.Module):
         sin: Tensor,
         shared: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """The output `[B, T, D]`, and K and V `[B, Hk, T, d]` for layers that share them."""
+        """The output `[B, T, D]`, and K and V `[B, Hk, T, d or dv]` for layers that share them."""
         batch, length, _ = x.shape
         if self.shares_kv:
             assert shared is not None
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.project(x)
             q, k = self.treat(q, "q", cos, sin), self.treat(k, "k", cos, sin)
-            v = self.before(v.reshape(batch, length, -1, self.config.head_dim)).transpose(1, 2)
+            v = self.before(v.reshape(batch, length, -1, self.config.values)).transpose(1, 2)
         keep = k, v
         k, v = self.after(k), self.after(v)
         out = self.attend(q, k, v, mask)
@@ -149,7 +150,7 @@ class Attention(nn.Module):
         config = self.config
         if config.groups == 1 or config.repeat != "expand_before":
             return x
-        shape = (*x.shape[:2], config.kv_heads, config.groups, config.head_dim)
+        shape = (*x.shape[:2], config.kv_heads, config.groups, x.shape[-1])
         return x[:, :, :, None].expand(shape).flatten(2, 3)
 
     def after(self, x: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class Attention(nn.Module):
         return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The core, `[B, Hq, T, d]`."""
+        """The core, `[B, Hq, T, dv]`."""
         config = self.config
         how = cores.ByHand() if config.core == "sdpa" else config.core
         if config.near_miss is not None:

@@ -49,9 +49,9 @@ def moda_attention_reference(
     Args:
         q: queries `[B, Hq, T, d]`.
         k: keys `[B, Hk, U, d]`, Hq a multiple of Hk (KV head of query head h is `h // (Hq/Hk)`).
-        v: values `[B, Hk, U, d]`.
+        v: values `[B, Hk, U, dv]`.
         depth_k: slot keys `[S, B, Hk, T, d]`; S may be 0.  Any strides.
-        depth_v: slot values `[S, B, Hk, T, d]`.
+        depth_v: slot values `[S, B, Hk, T, dv]`.
         is_causal: query t sees keys u <= t (aligned upper left, as SDPA does).
         attn_mask: bool (True = may attend) or additive, broadcastable to `[B, Hq, T, U]`.  It masks
             the sequence only: a slot belongs to the query's own token, so it is always visible.
@@ -59,7 +59,7 @@ def moda_attention_reference(
         score_mod: applied to the scaled scores of the sequence `[B, Hq, T, U]`, before the mask.
 
     Returns:
-        `(out [B, Hq, T, d], lse [B, Hq, T])`; lse is the natural log of the joint normaliser, in
+        `(out [B, Hq, T, dv], lse [B, Hq, T])`; lse is the natural log of the joint normaliser, in
         float32 (float64 for float64 inputs).  A row that may attend to nothing gives zeros and
         an lse of -inf.
 
@@ -167,8 +167,8 @@ class ReferenceMode(TorchFunctionMode):
         model: the model that will run; needed only with `ffn_slots`.
         ffn_slots: FFN writes, by stack; one `FFNSlots` alone is stack 0's; None for attention slots
             only.
-        stacks: which stack each call belongs to.  By default calls whose keys agree in shape are
-            one stack (all of them with a single `FFNSlots`), and attention between different
+        stacks: which stack each call belongs to.  By default calls whose keys and values agree in
+            shape are one stack (all of them with a single `FFNSlots`), and attention between different
             lengths belongs to none: right for a model that is one stream of tokens.
         functions: attention functions beside SDPA.
 
@@ -308,7 +308,7 @@ class ReferenceMode(TorchFunctionMode):
             return self.stacks[self.calls]
         if query.shape[-2] != key.shape[-2]:
             return None
-        return 0 if self._one else tuple(key.shape)
+        return 0 if self._one else (*key.shape, value.shape[-1])
 
     def _adapted(self, original: Any, adapter: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of one of `functions`."""

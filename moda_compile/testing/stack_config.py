@@ -17,6 +17,10 @@ from moda_compile.testing.shrink import ShortRepr
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 VOCABULARY = 29
+_PACKED = {
+    "groups": 1, "value_dim": 0, "qk_norm": "none", "rotary": "none", "projection": "separate",
+    "scale": None, "variants": (),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -25,7 +29,7 @@ class Variant(ShortRepr):
 
     Attributes:
         mask: another mask (local and global layers in turn).
-        kv_heads, groups, head_dim: other attention shapes.
+        kv_heads, groups, head_dim, value_dim: other attention shapes.
         mixer: attention, or a causal depthwise convolution.
         shares_kv: the layer uses the K and V of the nearest attention layer before it that has some
             of its own, and has no projections for them.
@@ -35,6 +39,7 @@ class Variant(ShortRepr):
     kv_heads: int | None = None
     groups: int | None = None
     head_dim: int | None = None
+    value_dim: int | None = None
     mixer: Literal["attention", "convolution"] = "attention"
     shares_kv: bool = False
 
@@ -45,6 +50,7 @@ class StackConfig(ShortRepr):
 
     Attributes:
         layers, kv_heads, groups, head_dim: L, Hk, G (query heads are G * Hk) and d.
+        value_dim: dv, of the values; 0 means d. Otherwise the projection is "separate" or "sizes".
         width: D; 0 means G * Hk * d.
         norm: LayerNorm, RMS norm written out, or `F.rms_norm`.
         norm_dtype: of norms' weights and arithmetic; "same" is the stack's.
@@ -77,6 +83,7 @@ class StackConfig(ShortRepr):
     kv_heads: int = 1
     groups: int = 1
     head_dim: int = 8
+    value_dim: int = 0
     width: int = 0
     norm: Literal["layer", "rms", "rms_functional"] = "layer"
     norm_dtype: Literal["same", "float32"] = "same"
@@ -111,19 +118,20 @@ class StackConfig(ShortRepr):
         """Refuse what cannot be built."""
         if self.groups > 1 and self.projection in ("chunk", "interleaved"):
             raise InputError(f"projection={self.projection!r}: got groups={self.groups}, needs 1")
+        if self.values != self.head_dim and self.projection not in ("separate", "sizes"):
+            raise InputError(f"projection={self.projection!r}: got value_dim={self.value_dim}")
         by_hand = self.core != "sdpa" or self.near_miss is not None
         if by_hand and self.groups > 1 and self.repeat == "enable_gqa":
             raise InputError("repeat='enable_gqa' is SDPA's own; by hand, KV heads are repeated")
-        plain = (self.groups, self.qk_norm, self.rotary, self.projection, self.scale, self.variants)
-        if self.module != "none" and plain != (1, "none", "none", "separate", None, ()):
-            raise InputError(
-                "nn.MultiheadAttention has no groups, qk_norm, rotary, scale, variants"
-            )
+        if self.module != "none":
+            other = [name for name, usual in _PACKED.items() if getattr(self, name) != usual]
+            if other:
+                raise InputError(f"nn.MultiheadAttention has no {', '.join(other)}")
         if self.module != "none" and by_hand:
             raise InputError("nn.MultiheadAttention brings its own core")
         if self.variants and (self.variants[0].shares_kv or self.variants[0].mixer != "attention"):
             raise InputError("the first variant needs attention with K and V of its own")
-        shapes = any(v.kv_heads or v.groups or v.head_dim for v in self.variants)
+        shapes = any(v.kv_heads or v.groups or v.head_dim or v.value_dim for v in self.variants)
         if any(v.shares_kv for v in self.variants) and (self.repeat == "expand_before" or shapes):
             raise InputError("shared K and V need one shape, and are repeated after sharing")
 
@@ -131,6 +139,11 @@ class StackConfig(ShortRepr):
     def query_heads(self) -> int:
         """Hq = G * Hk."""
         return self.groups * self.kv_heads
+
+    @property
+    def values(self) -> int:
+        """Dv."""
+        return self.value_dim or self.head_dim
 
     @property
     def model_width(self) -> int:
@@ -151,7 +164,7 @@ class StackConfig(ShortRepr):
         chosen = self.variant(layer)
         changes: dict[str, Any] = {
             name: getattr(chosen, name)
-            for name in ("mask", "kv_heads", "groups", "head_dim")
+            for name in ("mask", "kv_heads", "groups", "head_dim", "value_dim")
             if getattr(chosen, name) is not None
         }
         if self.near_miss_layer not in (None, layer):
@@ -182,7 +195,9 @@ class StackConfig(ShortRepr):
         if self.groups > 1:
             yield "grouped query"
         yield f"ffn: {self.ffn}" + ("" if self.order == "sequential" else ", parallel")
-        shapes = {(v.kv_heads, v.head_dim) for v in self.variants}
+        if self.values != self.head_dim:
+            yield "wider values" if self.values > self.head_dim else "narrower values"
+        shapes = {(v.kv_heads, v.head_dim, v.value_dim) for v in self.variants}
         if len(shapes) > 1:
             yield "KV shapes by layer"
         if len(self.masks) > 1:

@@ -113,7 +113,7 @@ class RandomStack(nn.Module):
         places: list[tuple[int, Hashable]] = []
         for i in range(self.config.layers):
             layer, variant = self.config.layer(i), self.config.variant(i)
-            stack: Hashable = (layer.kv_heads, layer.head_dim)
+            stack: Hashable = (layer.kv_heads, layer.head_dim, layer.values)
             if variant.mixer != "attention" or layer.near_miss is not None:
                 stack = None
             places.append((i, Reader(stack=stack) if variant.shares_kv else stack))
@@ -144,7 +144,8 @@ class RandomStack(nn.Module):
         Args:
             mode: which weights make the slot; see `MoDAConfig.ffn_kv`.
             parameters: the converted model's parameters by name, of which
-                `blocks.<i>.ffn.moda_key_weight` and `..._value_weight` `[Hk * d, D]` are used.
+                `blocks.<i>.ffn.moda_key_weight` `[Hk * d, D]` and `..._value_weight` `[Hk * dv, D]`
+                are used.
         """
         return self._slots(mode, parameters, list(range(self.config.layers)))
 
@@ -163,7 +164,7 @@ class RandomStack(nn.Module):
                 )
             else:
                 _, key, value = attention.project(ffn_input)
-            value = value.reshape(*ffn_input.shape[:2], config.kv_heads, config.head_dim)
+            value = value.reshape(*ffn_input.shape[:2], config.kv_heads, config.values)
             return self._treat(attention, key, ffn_input), value.transpose(1, 2)
 
         return FFNSlots(modules=[f"blocks.{i}.ffn" for i in layers[:-1]], key_value=key_value)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: What `stacks` may draw beside plain layers with a causal or no mask.
 FEATURES = (
     "masks", "padding", "learned_bias", "by_hand", "module", "shapes", "windows", "sharing",
-    "convolution", "passes", "checkpoint", "experts", "no_ffn", "norm_dtype",
+    "convolution", "passes", "checkpoint", "experts", "no_ffn", "norm_dtype", "value_dim",
 )  # fmt: skip
 #: What `cases` may draw beside that.
 CASE_FEATURES = (*FEATURES, "near_miss", "pairs", "low_precision", "autocast", "lengths", "aot")
@@ -190,6 +190,8 @@ def _config(
         return StackConfig(**config)
     if feature("norm_dtype") and dtype != "float32":
         config["norm_dtype"] = "float32"
+    if feature("value_dim") and not module and config["projection"] in ("separate", "sizes"):
+        config["value_dim"] = pick(4, 12, 32)
     if feature("passes"):
         config["passes"] = 2
     config["checkpoint"] = feature("checkpoint")
@@ -255,11 +257,13 @@ def _variants(
     shapes = config["mask"] not in _BIAS and config["repeat"] != "expand_before"
     if shapes and feature("shapes"):
         # Projections that are cut in three, and SDPA's own grouping where there is no SDPA.
+        separate = config["projection"] in ("separate", "sizes")
         ungrouped = config["projection"] in ("chunk", "interleaved")
         ungrouped = ungrouped or ("core" in config and config["repeat"] == "enable_gqa")
         found.append(
             Variant(
                 head_dim=pick(None, 8, 16),
+                value_dim=pick(None, 4) if "value_dim" in wanted and separate else None,
                 kv_heads=pick(None, 1, 2, 3),
                 groups=None if ungrouped else pick(None, 1, 2),
             )

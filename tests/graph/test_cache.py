@@ -97,14 +97,19 @@ def turned(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    def __init__(self, put: Put, by_hand: bool) -> None:
+    def __init__(self, put: Put, by_hand: bool, value_dim: int) -> None:
         super().__init__()
         self.put, self.by_hand = put, by_hand
-        self.q, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.k, self.v = (nn.Linear(WIDTH, KV_HEADS * D) for _ in range(2))
+        self.q, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(HEADS * value_dim, WIDTH)
+        self.k, self.v = (nn.Linear(WIDTH, KV_HEADS * n) for n in (D, value_dim))
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """q, k and v, [B, H, Tq, d]."""
+        sides = (self.q, HEADS), (self.k, KV_HEADS), (self.v, KV_HEADS)
+        return [f(x).unflatten(-1, (heads, -1)).transpose(1, 2) for f, heads in sides]
 
     def forward(self, x: Tensor, caches: list[Tensor], position: Tensor, mask: Any) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, D)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = self.project(x)
         keys, values = (
             self.put(cache, new, position) for cache, new in zip(caches, (k, v), strict=True)
         )
@@ -122,10 +127,10 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, put: Put, by_hand: bool = False) -> None:
+    def __init__(self, put: Put, by_hand: bool = False, value_dim: int = D) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(Layer(put, by_hand) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(put, by_hand, value_dim) for _ in range(LAYERS))
         self.double()
 
     def forward(self, x: Tensor, caches: list[list[Tensor]], position: Tensor, mask: Any) -> Tensor:
@@ -134,13 +139,15 @@ class Model(nn.Module):
         return x
 
 
-def example(length: int = PAST + NEW + 2) -> tuple[Tensor, list[list[Tensor]], Tensor]:
+def example(
+    length: int = PAST + NEW + 2, value_dim: int = D
+) -> tuple[Tensor, list[list[Tensor]], Tensor]:
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    caches = [[draw(B, KV_HEADS, length, D) for _ in range(2)] for _ in range(LAYERS)]
+    caches = [[draw(B, KV_HEADS, length, n) for n in (D, value_dim)] for _ in range(LAYERS)]
     return draw(B, NEW, WIDTH), caches, torch.arange(PAST, PAST + NEW)
 
 
@@ -156,9 +163,9 @@ def oracle(model: Model, x: Tensor, caches: Any, position: Tensor, mask: Any) ->
     values: list[Tensor] = []
     for layer, cache in zip(model.layers, caches, strict=True):
         h = F.layer_norm(x, (WIDTH,))
-        q, k, v = (f(h).unflatten(-1, (-1, D)).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
+        q, k, v = layer.project(h)
         held = [layer.put(c, new, position) for c, new in zip(cache, (k, v), strict=True)]
-        stacks = [torch.stack(s) if s else k.new_zeros(0, *k.shape) for s in (keys, values)]
+        stacks = [torch.stack([*s, new])[:-1] for s, new in ((keys, k), (values, v))]
         y, _ = moda_attention_reference(q, *held, *stacks, attn_mask=mask)
         x = x + layer.out(y.transpose(1, 2).flatten(2))
         keys.append(k)
@@ -207,10 +214,28 @@ def test_a_cache_is_not_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     width.assert_not_called()
 
 
+@pytest.mark.parametrize("value_dim", [5, 12])
+@pytest.mark.parametrize("put", [cat, index_copy], ids=lambda put: put.__name__)
+def test_values_of_another_head_dim(put: Put, value_dim: int) -> None:
+    """What is narrower is padded, in a copy: the cache itself stays as it is."""
+    model, (x, caches, position) = Model(put, value_dim=value_dim), example(value_dim=value_dim)
+    ours, theirs = clone(caches), clone(caches)
+    with torch.no_grad():
+        expected = oracle(model, x, theirs, position, None)
+    torch._dynamo.reset()
+    inputs = (x, clone(caches), position, None)
+    converted = moda_compile.convert(model, example_inputs=inputs, backend="eager")
+    with torch.no_grad():
+        found = converted(x, ours, position, None)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("value_dim", [D, 12])
 @pytest.mark.parametrize("put", [cat, window, functional_copy], ids=lambda put: put.__name__)
-def test_gradients(put: Put) -> None:
+def test_gradients(put: Put, value_dim: int) -> None:
     """Of every parameter, through the attended keys and through the slots."""
-    model, (x, caches, position) = Model(put), example()
+    model, (x, caches, position) = Model(put, value_dim=value_dim), example(value_dim=value_dim)
     weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
 
     def gradients(output: Tensor) -> dict[str, Tensor]:

@@ -74,7 +74,6 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "sigmoid": (lambda q, k, v: (q @ k.mT).sigmoid() @ v, "sigmoid"),
     "over the queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "not over the keys"),
     "over the heads": (lambda q, k, v: (q @ k.mT).softmax(1) @ v, "not over the keys"),
-    "narrow values": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v[..., :4], "head_dim 8, values 4"),
     "dropout": (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1) @ v, "dropout in training"),
     "a gate": (lambda q, k, v: ((q @ k.mT).softmax(-1) * q.mean()) @ v, "changed by mul"),
     "clamped": (lambda q, k, v: (q @ k.mT).clamp(-5, 5).softmax(-1) @ v, "changed by clamp"),

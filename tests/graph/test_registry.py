@@ -255,8 +255,12 @@ BROKEN: dict[str, tuple[Callable[[GraphModule, Attention], dict[str, Any]], str]
     ),
     "behind": (lambda gm, a: {"key": next(iter(a.node.users))}, "which is not in front of"),
     "shapes": (
+        lambda gm, a: {"value": made(gm, a, "narrow", a.value, 2, 0, 4)},
+        r"keys \(2, 4, 5, 8\) and values \(2, 4, 4, 8\), expected \[B, Hk, T, d\] and \[B",
+    ),
+    "another head_dim": (
         lambda gm, a: {"value": made(gm, a, "narrow", a.value, 3, 0, 4)},
-        r"keys \(2, 4, 5, 8\) and values \(2, 4, 5, 4\), expected one shape",
+        r"restore leads from \[B, Hq, T, dv\] to \(2, 5, 4, 4\), but node yields \(2, 5, 4, 8",
     ),
     "layout": (
         lambda gm, a: {n: a.node.args[i] for i, n in ((1, "key"), (2, "value"))},
@@ -279,7 +283,7 @@ BROKEN: dict[str, tuple[Callable[[GraphModule, Attention], dict[str, Any]], str]
     "no step": (lambda gm, a: {"restore": ("transpose",)}, "expected a tuple of Steps"),
     "impossible step": (
         lambda gm, a: {"restore": (Step("view", (7,)),)},
-        r"restore can't be applied to \[B, Hq, T, d\]: RuntimeError",
+        r"restore can't be applied to \[B, Hq, T, dv\]: RuntimeError",
     ),
     "sequence": (
         lambda gm, a: {"sequence": a.query, "is_causal": False},

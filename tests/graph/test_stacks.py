@@ -1,4 +1,4 @@
-"""Which attentions share slots: streams of tokens, keys of one shape, and who is left alone."""
+"""Which attentions share slots: streams of tokens, K and V of one shape, and who is left alone."""
 
 from __future__ import annotations
 

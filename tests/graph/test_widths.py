@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
+import moda_compile
 from moda_compile import MoDAConfig, kernels, pipeline
 from moda_compile.kernels import Lowering, row_elements
-from moda_compile.testing import RandomStack, StackConfig
+from moda_compile.testing import RandomStack, StackConfig, Variant, reference
 
 OPS = torch.ops.moda_compile
 TIGHT = dict(rtol=0.0, atol=1e-12)  # float64: zero columns change nothing but the order of sums
@@ -110,6 +112,36 @@ def test_same_function(
                 assert value.shape[-1] == width
                 if gm is graph:
                     assert value.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("rows", [None, 16])
+@pytest.mark.parametrize("value_dim", [4, 14])
+def test_values_of_another_head_dim(
+    value_dim: int, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row length for both, or what the kernels want of the longer; what has it is not copied."""
+    monkeypatch.setattr(kernels, "row_elements", lambda *_: rows)
+    model = stack(6, value_dim=value_dim, dtype="float64")
+    made, graph = results(model, MoDAConfig(ffn_kv="shared"), "eager")
+    width = rows or max(6, value_dim)
+    for node in graph.graph.find_nodes(op="call_function", target=OPS.attend.default):
+        query, key, value, _, keys, values, *_ = node.args
+        for x in (query, key, value, *keys, *values):
+            assert x.meta["example_value"].shape[-1] == width
+            padded = rows is not None or (x in (value, *values)) == (value_dim < 6)
+            assert (x.target == "transpose" and x.args[0].target is F.pad) == padded
+    torch.manual_seed(0)
+    plain = RandomStack(model)
+    expected = reference(plain, *model.inputs(), ffn_slots=plain.ffn_slots("shared", {}))
+    torch.testing.assert_close(made[0], expected.detach(), **TIGHT)
+
+
+def test_stacks_are_of_values_of_one_head_dim() -> None:
+    layers = (Variant(), Variant(value_dim=4))
+    model = RandomStack(stack(6, layers=4, variants=layers))
+    report = moda_compile.explain(model, *model.config.inputs())
+    assert [(a.stack, a.value_dim) for a in report.attentions] == [(0, 6), (1, 4)] * 2
+    assert " 6/4 " in str(report)
 
 
 def test_a_viewed_output_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,21 @@ def test_forward_and_gradients(case: str, kv_heads: int) -> None:
     assert len(checked) > 1
 
 
+@pytest.mark.parametrize("width", [5, 2 * D])
+def test_values_of_another_head_dim(width: int) -> None:
+    def narrowed(core: Core) -> Core:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = core(q, k, torch.cat([v, v.flip(-1)], -1)[..., :width])
+            return F.pad(out, (0, 2 * D - width)).unflatten(-1, (2, D)).sum(-2)
+
+        return call
+
+    options = CASES["mixed"]
+    model = Stack(*(narrowed(flexible(**o)) for o in options))
+    oracle = model.twin(*(narrowed(dense(**o)) for o in options))
+    check_conversion(model, (batch(),), backend="aot_eager", oracle=oracle)
+
+
 def test_report() -> None:
     report = moda_compile.explain(Stack(*(flexible(causal),) * LAYERS), batch())
     assert [(a.pattern, a.causal, a.kv_heads) for a in report.attentions] == [

@@ -113,6 +113,16 @@ BEYOND = (
         inputs=encoder, implementations=("eager",), oracle=TWIN,
     ),
     row(
+        "deepseek_v3", "DeepSeek-V3 (latent attention, values narrower than keys)",
+        transformers_model("DeepseekV3ForCausalLM", "DeepseekV3Config",
+                           **{**SIZES, "num_key_value_heads": HEADS}, kv_lora_rank=16,
+                           q_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+                           n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+                           moe_intermediate_size=16, first_k_dense_replace=2),
+        oracle="sdpa+batched_mm", padded=True, no_ffn_slots="changed in place",
+        shapes=((HEADS, HEADS, 12, True),) * LAYERS,
+    ),
+    row(
         "qwen3_next", "Qwen3-Next (linear and gated attention)",
         transformers_model("Qwen3NextForCausalLM", "Qwen3NextConfig", **FOUR, head_dim=HEAD_DIM,
                            linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,

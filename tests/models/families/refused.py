@@ -80,16 +80,6 @@ REFUSED = (
                                 block_size=1, num_random_blocks=1),
     ),
     RefusedFamily(
-        name="deepseek_v3", title="DeepSeek-V3 (latent attention)", implementation="sdpa",
-        says="keys have head_dim 12, values 8", fix="one head_dim for keys and values",
-        make=transformers_model("DeepseekV3ForCausalLM", "DeepseekV3Config",
-                                **{**SIZES, "num_key_value_heads": HEADS},
-                                kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=4,
-                                qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_group=1,
-                                topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
-                                first_k_dense_replace=LAYERS),
-    ),
-    RefusedFamily(
         name="mamba", title="Mamba (no attention)", says="no attention was found", fix="explain",
         make=transformers_model("MambaForCausalLM", "MambaConfig", vocab_size=VOCABULARY,
                                 hidden_size=WIDTH, num_hidden_layers=2, state_size=4),
