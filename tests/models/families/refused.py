@@ -11,9 +11,6 @@ from torch import nn
 from tests.models.families.beyond import BERT, GQA, MOE, long_text, pictures
 from tests.models.families.row import (
     HEAD_DIM,
-    HEADS,
-    LAYERS,
-    SIZES,
     VOCABULARY,
     WIDTH,
     WINDOW,
