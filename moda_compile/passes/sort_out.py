@@ -1,9 +1,9 @@
 """Sort the attentions found into stacks, whose members share depth slots.
 
 A stream is what queries follow one another in: attention j belongs to i's if its query depends on
-i's output. Within a stream, slots are shared between attentions whose keys and values agree in shape,
-dtype and device. Where the number of tokens changes (pooling, merged patches), they are other tokens, and
-what comes behind shares nothing with what came before.
+i's output. Within a stream, slots are shared between attentions whose keys and values agree in
+shape, dtype and device. Where the number of tokens changes (pooling, merged patches), they are
+other tokens, and what comes behind shares nothing with what came before.
 """
 
 from __future__ import annotations

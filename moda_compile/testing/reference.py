@@ -168,8 +168,8 @@ class ReferenceMode(TorchFunctionMode):
         ffn_slots: FFN writes, by stack; one `FFNSlots` alone is stack 0's; None for attention slots
             only.
         stacks: which stack each call belongs to.  By default calls whose keys and values agree in
-            shape are one stack (all of them with a single `FFNSlots`), and attention between different
-            lengths belongs to none: right for a model that is one stream of tokens.
+            shape are one stack (all of them with a single `FFNSlots`), and attention between
+            different lengths belongs to none: right for a model that is one stream of tokens.
         functions: attention functions beside SDPA.
 
     Attributes:

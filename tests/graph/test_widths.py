@@ -119,7 +119,7 @@ def test_same_function(
 def test_values_of_another_head_dim(
     value_dim: int, rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row length for both, or what the kernels want of the longer; what has it is not copied."""
+    """Rows as long as the longer of both, or as the kernels want; what is so long is not copied."""
     monkeypatch.setattr(kernels, "row_elements", lambda *_: rows)
     model = stack(6, value_dim=value_dim, dtype="float64")
     made, graph = results(model, MoDAConfig(ffn_kv="shared"), "eager")
