@@ -25,6 +25,7 @@ STACKS = {
         layers=3, kv_heads=4, groups=1, head_dim=32, projection="chunk", bias=True, length=65
     ),
     "odd-dim": StackConfig(layers=3, kv_heads=2, groups=3, head_dim=24, mask="none", length=33),
+    "latent": StackConfig(layers=3, kv_heads=4, head_dim=48, value_dim=32, length=65, batch=2),
     "padded": StackConfig(layers=3, head_dim=32, mask="padding_left_causal", length=65, batch=3),
     "learned-bias": StackConfig(layers=3, head_dim=32, mask="bias_causal", length=65, batch=3),
 }

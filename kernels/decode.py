@@ -36,8 +36,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.decode_merge import decode_merge_kernel
-from moda_compile.kernels.decode_parts import joined, slot_chunk, with_keys
-from moda_compile.kernels.slot_table import listed_number
+from moda_compile.kernels.decode_parts import slot_tiles, with_keys, with_slots
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 _MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -205,59 +204,26 @@ def decode_split_kernel(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for c in range(chunk, last_chunk):
-        slot = c * SLOTS + tl.arange(0, SLOTS)
-        key_start = slot
-        value_start = slot
-        if LISTED:
-            key_start = listed_number(
-                slot,
-                k0, k1, k2, k3, k4, k5, k6, k7,
-                k8, k9, k10, k11, k12, k13, k14, k15,
-                k16, k17, k18, k19, k20, k21, k22, k23,
-                k24, k25, k26, k27, k28, k29, k30, k31,
-            )  # fmt: skip
-            value_start = listed_number(
-                slot,
-                v0, v1, v2, v3, v4, v5, v6, v7,
-                v8, v9, v10, v11, v12, v13, v14, v15,
-                v16, v17, v18, v19, v20, v21, v22, v23,
-                v24, v25, v26, v27, v28, v29, v30, v31,
-            )  # fmt: skip
-        of_chunk, weight_of_chunk, total_of_chunk = slot_chunk(
-            q,
-            batch,
-            kv_head,
-            token,
-            slot_key,
-            slot_value,
-            table,
-            slot,
-            key_start,
-            value_start,
-            slots,
-            scale,
-            slot_key_stride_slot,
-            slot_key_stride_batch,
-            slot_key_stride_head,
-            slot_key_stride_token,
-            slot_value_stride_slot,
-            slot_value_stride_batch,
-            slot_value_stride_head,
-            slot_value_stride_token,
-            HEAD_DIM,
-            PADDED_DIM,
-            SLOTS,
-            COLUMNS,
-            TABLE,
-            LISTED,
-            UNIFORM,
-            SLOT_ALIGN,
-            EMULATED,
-        )
-        maximum, weight, total = joined(
-            maximum, weight, total, of_chunk, weight_of_chunk, total_of_chunk
-        )
+    # The first chunk is on its way while the keys are read, and used behind them.
+    slot = chunk * SLOTS + tl.arange(0, SLOTS)
+    k_slots = tl.zeros([SLOTS, PADDED_DIM], slot_key.dtype.element_ty)
+    v_slots = tl.zeros([SLOTS, PADDED_DIM], slot_value.dtype.element_ty)
+    if chunk < last_chunk:
+        k_slots, v_slots = slot_tiles(
+            slot, batch, kv_head, token, slot_key, slot_value, table, slots,
+            slot_key_stride_slot, slot_key_stride_batch, slot_key_stride_head,
+            slot_key_stride_token, slot_value_stride_slot, slot_value_stride_batch,
+            slot_value_stride_head, slot_value_stride_token,
+            k0, k1, k2, k3, k4, k5, k6, k7,
+            k8, k9, k10, k11, k12, k13, k14, k15,
+            k16, k17, k18, k19, k20, k21, k22, k23,
+            k24, k25, k26, k27, k28, k29, k30, k31,
+            v0, v1, v2, v3, v4, v5, v6, v7,
+            v8, v9, v10, v11, v12, v13, v14, v15,
+            v16, v17, v18, v19, v20, v21, v22, v23,
+            v24, v25, v26, v27, v28, v29, v30, v31,
+            HEAD_DIM, PADDED_DIM, SLOTS, COLUMNS, TABLE, LISTED, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
     maximum, weight, total = with_keys(
         maximum,
         weight,
@@ -296,9 +262,33 @@ def decode_split_kernel(
         VALUE_ALIGN,
         EMULATED,
     )
-
-    # A row that saw nothing: 0 times what other rows' keys hold, which need not be finite.
+    # A row that saw no key: 0 times what other rows' keys hold, which need not be finite.
     total = tl.where((weight == 0.0)[:, None], 0.0, total)
+    if chunk < last_chunk:
+        maximum, weight, total = with_slots(
+            maximum, weight, total, q, k_slots, v_slots, slot < slots, scale, EMULATED
+        )
+    for c in tl.range(chunk + 1, last_chunk, num_stages=1):
+        slot = c * SLOTS + tl.arange(0, SLOTS)
+        k_slots, v_slots = slot_tiles(
+            slot, batch, kv_head, token, slot_key, slot_value, table, slots,
+            slot_key_stride_slot, slot_key_stride_batch, slot_key_stride_head,
+            slot_key_stride_token, slot_value_stride_slot, slot_value_stride_batch,
+            slot_value_stride_head, slot_value_stride_token,
+            k0, k1, k2, k3, k4, k5, k6, k7,
+            k8, k9, k10, k11, k12, k13, k14, k15,
+            k16, k17, k18, k19, k20, k21, k22, k23,
+            k24, k25, k26, k27, k28, k29, k30, k31,
+            v0, v1, v2, v3, v4, v5, v6, v7,
+            v8, v9, v10, v11, v12, v13, v14, v15,
+            v16, v17, v18, v19, v20, v21, v22, v23,
+            v24, v25, v26, v27, v28, v29, v30, v31,
+            HEAD_DIM, PADDED_DIM, SLOTS, COLUMNS, TABLE, LISTED, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        maximum, weight, total = with_slots(
+            maximum, weight, total, q, k_slots, v_slots, slot < slots, scale, EMULATED
+        )
+
     if WHOLE:
         total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
         out_rows = out + batch * out_stride_batch

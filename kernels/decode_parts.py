@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moda_compile.kernels.slot_table import listed_number
 from moda_compile.kernels.tiles import product, slot_rows
 
 
@@ -68,19 +69,15 @@ def _visible_range(entries, first, last, mask_stride_key, MASK: tl.constexpr, SC
 
 
 @triton.jit
-def slot_chunk(
-    q,
+def slot_tiles(
+    slot,
     batch,
     kv_head,
     token,
     slot_key,
     slot_value,
     table,
-    slot,
-    key_start,
-    value_start,
     slots,
-    scale,
     slot_key_stride_slot,
     slot_key_stride_batch,
     slot_key_stride_head,
@@ -89,6 +86,14 @@ def slot_chunk(
     slot_value_stride_batch,
     slot_value_stride_head,
     slot_value_stride_token,
+    k0, k1, k2, k3, k4, k5, k6, k7,
+    k8, k9, k10, k11, k12, k13, k14, k15,
+    k16, k17, k18, k19, k20, k21, k22, k23,
+    k24, k25, k26, k27, k28, k29, k30, k31,
+    v0, v1, v2, v3, v4, v5, v6, v7,
+    v8, v9, v10, v11, v12, v13, v14, v15,
+    v16, v17, v18, v19, v20, v21, v22, v23,
+    v24, v25, v26, v27, v28, v29, v30, v31,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -97,22 +102,38 @@ def slot_chunk(
     LISTED: tl.constexpr,
     UNIFORM: tl.constexpr,
     SLOT_ALIGN: tl.constexpr,
-    EMULATED: tl.constexpr,
-):
-    """m, w and t of a chunk of SLOTS slots of one token, for the rows of q [rows, d]."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+):  # fmt: skip
+    """Keys and values [SLOTS, d] of these slots of one token; k0, v0, .. as in `decode`."""
     dim = tl.arange(0, PADDED_DIM)
     slot_live = slot < slots
     own = (token + tl.arange(0, 1)).to(tl.int64)
     if LISTED:
-        key_rows = key_start.to(tl.pointer_type(slot_key.dtype.element_ty))
-        key_rows += batch * slot_key_stride_batch + kv_head * slot_key_stride_head
-        key_rows += token.to(tl.int64) * slot_key_stride_token
-        key_rows = tl.multiple_of(key_rows, [SLOT_ALIGN])
-        value_rows = value_start.to(tl.pointer_type(slot_value.dtype.element_ty))
-        value_rows += batch * slot_value_stride_batch + kv_head * slot_value_stride_head
-        value_rows += token.to(tl.int64) * slot_value_stride_token
-        value_rows = tl.multiple_of(value_rows, [SLOT_ALIGN])
+        key_rows = listed_number(
+            slot,
+            k0, k1, k2, k3, k4, k5, k6, k7,
+            k8, k9, k10, k11, k12, k13, k14, k15,
+            k16, k17, k18, k19, k20, k21, k22, k23,
+            k24, k25, k26, k27, k28, k29, k30, k31,
+        ).to(tl.pointer_type(slot_key.dtype.element_ty))  # fmt: skip
+        value_rows = listed_number(
+            slot,
+            v0, v1, v2, v3, v4, v5, v6, v7,
+            v8, v9, v10, v11, v12, v13, v14, v15,
+            v16, v17, v18, v19, v20, v21, v22, v23,
+            v24, v25, v26, v27, v28, v29, v30, v31,
+        ).to(tl.pointer_type(slot_value.dtype.element_ty))  # fmt: skip
+        # Triton notes the alignment at the last addition, and drops an addition of 0 with the note.
+        row_token = tl.cast(token, tl.int64)
+        key_rows += (
+            batch * slot_key_stride_batch
+            + kv_head * slot_key_stride_head
+            + row_token * slot_key_stride_token
+        )
+        value_rows += (
+            batch * slot_value_stride_batch
+            + kv_head * slot_value_stride_head
+            + row_token * slot_value_stride_token
+        )
     else:
         key_rows = slot_rows(
             slot_key, table, slot.to(tl.int64), slot_live, batch, kv_head, own,
@@ -124,16 +145,27 @@ def slot_chunk(
             slot_value_stride_slot, slot_value_stride_batch, slot_value_stride_head,
             slot_value_stride_token, 4, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
-        key_rows = tl.multiple_of(tl.reshape(key_rows, (SLOTS,)), [SLOT_ALIGN])
-        value_rows = tl.multiple_of(tl.reshape(value_rows, (SLOTS,)), [SLOT_ALIGN])
-    slot_load = slot_live[:, None] & (dim < HEAD_DIM)[None, :]
-    k = tl.load(key_rows[:, None] + dim[None, :], mask=slot_load, other=0.0)
-    v = tl.load(value_rows[:, None] + dim[None, :], mask=slot_load, other=0.0)
+        key_rows = tl.reshape(key_rows, (SLOTS,))
+        value_rows = tl.reshape(value_rows, (SLOTS,))
+    key_rows = tl.multiple_of(key_rows, [SLOT_ALIGN])
+    value_rows = tl.multiple_of(value_rows, [SLOT_ALIGN])
+    live = slot_live[:, None] & (dim < HEAD_DIM)[None, :]
+    k = tl.load(key_rows[:, None] + dim[None, :], mask=live, other=0.0)
+    v = tl.load(value_rows[:, None] + dim[None, :], mask=live, other=0.0)
+    return k, v
+
+
+@triton.jit
+def with_slots(maximum, weight, total, q, k, v, slot_live, scale, EMULATED: tl.constexpr):
+    """The state of the rows of q [rows, d] with slots k, v [SLOTS, d], the first of them live."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     z = product(q, tl.trans(k), EMULATED) * tl.cast(scale, tl.float32)
     z = tl.where(slot_live[None, :], z, float("-inf"))
-    maximum = tl.max(z, 1)
-    p = tl.exp2((z - maximum[:, None]) * LOG2E)
-    return maximum, tl.sum(p, 1), product(p.to(v.dtype), v, EMULATED)
+    of_slots = tl.max(z, 1)
+    p = tl.exp2((z - of_slots[:, None]) * LOG2E)
+    return joined(
+        maximum, weight, total, of_slots, tl.sum(p, 1), product(p.to(v.dtype), v, EMULATED)
+    )
 
 
 @triton.jit

@@ -114,6 +114,8 @@ def make_mask(kind: str, b: int, heads: int, queries: int, keys: int, draw: Any)
         return draw(b, heads, queries, keys) > 0
     if kind == "dead":
         return dead
+    if kind == "dead_head":
+        return (torch.arange(heads) > 0)[None, :, None, None].expand(b, -1, queries, keys)
     if kind == "all_dead":
         return torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     if kind.startswith("-inf"):
@@ -194,6 +196,8 @@ def cases() -> Iterator[dict[str, Any]]:
     for poison in ("q", "k", "slot"):
         yield whole | dict(poison=poison, check="nan")
     yield whole | dict(mask="position", check="unread")
+    for program in (whole, BASE | dict(splits=2)):
+        yield program | dict(mask="dead_head", check="apart", g=3)
     for dtype in DTYPES:
         yield BASE | dict(t=200, q=2, dtype=dtype, check="splits", causal=True)
     yield BASE | dict(t=200, q=2, s=0, mask="smallest fp32", check="splits")
@@ -262,6 +266,12 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         result["holds"] &= torch.equal(lse.isnan(), exact_lse.isnan())
         result["holds"] &= bool(out.isnan().any()) and not out.isnan().all()
         del result["error"]
+    elif case["check"] == "apart":  # keys that the first head does not see, of which others do some
+        again = decode.run(
+            q, k, torch.full_like(v, math.inf), slots, **options, splits=case["splits"]
+        )
+        result["holds"] = torch.equal(out[:, 0], again[0][:, 0])
+        result["holds"] &= torch.equal(lse, again[1])
     elif case["check"] == "unread":  # keys that the mask hides from all may hold anything
         assert mask is not None
         hidden = ~mask.expand(b, 1, queries, keys).any(2).squeeze(1)[:, None, :, None]
