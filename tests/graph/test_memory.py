@@ -1,6 +1,6 @@
 """Memory is linear in depth: counted on the training graph that Inductor gets, not timed.
 
-Kernels of the generated code are replaced by nothing (compiling C++ for 12 layers takes minutes),
+Kernels of the generated code are replaced by nothing (compiling C++ for 8 layers takes minutes),
 and so they are generated without vectors, which is quicker: what is allocated, saved and passed on
 is the wrapper code's doing and stays as it is. Our own operators do run.
 """
@@ -136,7 +136,7 @@ def slots(layers: int, ffn_kv: str) -> int:
 def test_linear_in_depth(ffn_kv: str, gathering: bool, ahead: bool) -> None:
     deep = ffn_kv == "none" and not gathering
     # Sums of two slots are begun from 5 layers on, and never more of them are kept.
-    depths = (3, 6, 12) if deep else (5, 6, 7) if ahead else (3, 4, 5)
+    depths = (3, 5, 8) if deep else (5, 6, 7) if ahead else (3, 4, 5)
     counted = {layers: count(layers, ffn_kv, gathering, ahead) for layers in depths}
     for layers, c in counted.items():
         number = slots(layers, ffn_kv)

@@ -39,18 +39,17 @@ def sdpa(*args: Any, **kwargs: Any) -> Tensor:
     return F.scaled_dot_product_attention(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("core", "reason"),
-    [
-        (lambda q, k, v: sdpa(q, k, v, dropout_p=0.1), r"attention dropout \(dropout_p=0.1\)"),
-        (lambda q, k, v: sdpa(q, k, v[..., :4]), "keys have head_dim 8, values 4"),
-    ],
-)
-def test_sdpa_refused(core: Callable[..., Tensor], reason: str) -> None:
-    refused = one(graph_of(core))
+def test_values_of_another_head_dim() -> None:
+    gm = graph_of(lambda q, k, v: sdpa(q, k, v[..., :4]))
+    attention = one(gm)
+    shapes = [fx.value(x).shape for x in (attention.query, attention.key, attention.value)]
+    assert shapes == [(B, H, T, D), (B, H, T, D), (B, H, T, 4)]
+
+
+def test_sdpa_with_dropout_is_refused() -> None:
+    refused = one(graph_of(lambda q, k, v: sdpa(q, k, v, dropout_p=0.1)))
     assert isinstance(refused, Refused)
-    with pytest.raises(Refused, match=reason):
-        raise refused
+    assert "attention dropout (dropout_p=0.1)" in refused.reason
     assert refused.fix.endswith(".")
 
 
