@@ -241,10 +241,16 @@ def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
 
-@pytest.mark.parametrize("options", [{"kv_heads": 2}, {"d": 16}])
-def test_a_layer_with_other_keys(options: dict[str, int]) -> None:
+def wide(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q, k, torch.cat([v, v.flip(-1)], -1), is_causal=True)[..., 4:12]
+
+
+@pytest.mark.parametrize(
+    ("core", "options"), [(grouped, {"kv_heads": 2}), (grouped, {"d": 16}), (wide, {})]
+)
+def test_a_layer_with_other_keys_or_values(core: Core, options: dict[str, int]) -> None:
     """It shares slots with its like only."""
-    model = Stack(Attention(grouped, **options), Attention(causal), Attention(grouped, **options))
+    model = Stack(Attention(core, **options), Attention(causal), Attention(core, **options))
     report = moda_compile.explain(model, X)
     assert [a.stack for a in report.attentions] == [0, 1, 0, 1, 0]
     assert [a.reads for a in report.attentions] == [(), (), (0,), (0,), (0, 1)]
