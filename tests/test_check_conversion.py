@@ -112,7 +112,7 @@ class SwapsHeads(ReferenceMode):
 class TwoSoftmaxes(ReferenceMode):
     def attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.attentions
-        found = self.slots(layer, (STACK.kv_heads, STACK.head_dim))
+        found = self.slots(layer, (STACK.kv_heads, STACK.head_dim, STACK.values))
         slots = [(k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)) for k, v in found]
         out = super().attend(query, *args, **kwargs)
         if not slots:

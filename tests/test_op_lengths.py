@@ -118,7 +118,7 @@ def test_compiled_for_any_number_of_keys() -> None:
 
 def test_shapes_that_do_not_fit() -> None:
     q, k, v, depth_k, depth_v = make(t=3, keys=5)
-    with pytest.raises(InputError, match=r"expected both \[B, Hk, Tk, d\]"):
+    with pytest.raises(InputError, match=r"expected \[B, Hk, Tk, d\]"):
         moda_attention(q, k, v[:, :, :4], depth_k, depth_v, is_causal=True)
     with pytest.raises(InputError, match=r"\[S, B, Hk, Tq, d\] = \[S, 2, 2, 3, 16\]"):
         moda_attention(q, k, v, k[None], v[None], is_causal=True)
