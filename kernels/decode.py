@@ -36,7 +36,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.decode_merge import decode_merge_kernel
-from moda_compile.kernels.decode_parts import slot_tiles, with_keys, with_slots
+from moda_compile.kernels.decode_parts import slot_tile, with_keys, with_slots
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 _MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -209,20 +209,23 @@ def decode_split_kernel(
     k_slots = tl.zeros([SLOTS, PADDED_DIM], slot_key.dtype.element_ty)
     v_slots = tl.zeros([SLOTS, PADDED_DIM], slot_value.dtype.element_ty)
     if chunk < last_chunk:
-        k_slots, v_slots = slot_tiles(
-            slot, batch, kv_head, token, slot_key, slot_value, table, slots,
-            slot_key_stride_slot, slot_key_stride_batch, slot_key_stride_head,
-            slot_key_stride_token, slot_value_stride_slot, slot_value_stride_batch,
-            slot_value_stride_head, slot_value_stride_token,
+        k_slots = slot_tile(
+            slot, batch, kv_head, token, slot_key, table, slots, slot_key_stride_slot,
+            slot_key_stride_batch, slot_key_stride_head, slot_key_stride_token,
             k0, k1, k2, k3, k4, k5, k6, k7,
             k8, k9, k10, k11, k12, k13, k14, k15,
             k16, k17, k18, k19, k20, k21, k22, k23,
             k24, k25, k26, k27, k28, k29, k30, k31,
+            0, HEAD_DIM, PADDED_DIM, SLOTS, COLUMNS, TABLE, LISTED, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        v_slots = slot_tile(
+            slot, batch, kv_head, token, slot_value, table, slots, slot_value_stride_slot,
+            slot_value_stride_batch, slot_value_stride_head, slot_value_stride_token,
             v0, v1, v2, v3, v4, v5, v6, v7,
             v8, v9, v10, v11, v12, v13, v14, v15,
             v16, v17, v18, v19, v20, v21, v22, v23,
             v24, v25, v26, v27, v28, v29, v30, v31,
-            HEAD_DIM, PADDED_DIM, SLOTS, COLUMNS, TABLE, LISTED, UNIFORM, SLOT_ALIGN,
+            4, HEAD_DIM, PADDED_DIM, SLOTS, COLUMNS, TABLE, LISTED, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
     maximum, weight, total = with_keys(
         maximum,
@@ -270,20 +273,23 @@ def decode_split_kernel(
         )
     for c in tl.range(chunk + 1, last_chunk, num_stages=1):
         slot = c * SLOTS + tl.arange(0, SLOTS)
-        k_slots, v_slots = slot_tiles(
-            slot, batch, kv_head, token, slot_key, slot_value, table, slots,
-            slot_key_stride_slot, slot_key_stride_batch, slot_key_stride_head,
-            slot_key_stride_token, slot_value_stride_slot, slot_value_stride_batch,
-            slot_value_stride_head, slot_value_stride_token,
+        k_slots = slot_tile(
+            slot, batch, kv_head, token, slot_key, table, slots, slot_key_stride_slot,
+            slot_key_stride_batch, slot_key_stride_head, slot_key_stride_token,
             k0, k1, k2, k3, k4, k5, k6, k7,
             k8, k9, k10, k11, k12, k13, k14, k15,
             k16, k17, k18, k19, k20, k21, k22, k23,
             k24, k25, k26, k27, k28, k29, k30, k31,
+            0, HEAD_DIM, PADDED_DIM, SLOTS, COLUMNS, TABLE, LISTED, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        v_slots = slot_tile(
+            slot, batch, kv_head, token, slot_value, table, slots, slot_value_stride_slot,
+            slot_value_stride_batch, slot_value_stride_head, slot_value_stride_token,
             v0, v1, v2, v3, v4, v5, v6, v7,
             v8, v9, v10, v11, v12, v13, v14, v15,
             v16, v17, v18, v19, v20, v21, v22, v23,
             v24, v25, v26, v27, v28, v29, v30, v31,
-            HEAD_DIM, PADDED_DIM, SLOTS, COLUMNS, TABLE, LISTED, UNIFORM, SLOT_ALIGN,
+            4, HEAD_DIM, PADDED_DIM, SLOTS, COLUMNS, TABLE, LISTED, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
         maximum, weight, total = with_slots(
             maximum, weight, total, q, k_slots, v_slots, slot < slots, scale, EMULATED

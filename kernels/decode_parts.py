@@ -69,31 +69,23 @@ def _visible_range(entries, first, last, mask_stride_key, MASK: tl.constexpr, SC
 
 
 @triton.jit
-def slot_tiles(
+def slot_tile(
     slot,
     batch,
     kv_head,
     token,
-    slot_key,
-    slot_value,
+    source,
     table,
     slots,
-    slot_key_stride_slot,
-    slot_key_stride_batch,
-    slot_key_stride_head,
-    slot_key_stride_token,
-    slot_value_stride_slot,
-    slot_value_stride_batch,
-    slot_value_stride_head,
-    slot_value_stride_token,
-    k0, k1, k2, k3, k4, k5, k6, k7,
-    k8, k9, k10, k11, k12, k13, k14, k15,
-    k16, k17, k18, k19, k20, k21, k22, k23,
-    k24, k25, k26, k27, k28, k29, k30, k31,
-    v0, v1, v2, v3, v4, v5, v6, v7,
-    v8, v9, v10, v11, v12, v13, v14, v15,
-    v16, v17, v18, v19, v20, v21, v22, v23,
-    v24, v25, v26, v27, v28, v29, v30, v31,
+    stride_slot,
+    stride_batch,
+    stride_head,
+    stride_token,
+    a0, a1, a2, a3, a4, a5, a6, a7,
+    a8, a9, a10, a11, a12, a13, a14, a15,
+    a16, a17, a18, a19, a20, a21, a22, a23,
+    a24, a25, a26, a27, a28, a29, a30, a31,
+    FIRST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -103,56 +95,32 @@ def slot_tiles(
     UNIFORM: tl.constexpr,
     SLOT_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [SLOTS, d] of these slots of one token; k0, v0, .. as in `decode`."""
+    """Keys, or values, [SLOTS, d] of these slots of one token. LISTED: a0, .. are their addresses;
+    otherwise as `tiles.slot_rows` has them, FIRST being the side's first column of a table.
+    """
     dim = tl.arange(0, PADDED_DIM)
     slot_live = slot < slots
-    own = (token + tl.arange(0, 1)).to(tl.int64)
     if LISTED:
-        key_rows = listed_number(
+        address = listed_number(
             slot,
-            k0, k1, k2, k3, k4, k5, k6, k7,
-            k8, k9, k10, k11, k12, k13, k14, k15,
-            k16, k17, k18, k19, k20, k21, k22, k23,
-            k24, k25, k26, k27, k28, k29, k30, k31,
-        ).to(tl.pointer_type(slot_key.dtype.element_ty))  # fmt: skip
-        value_rows = listed_number(
-            slot,
-            v0, v1, v2, v3, v4, v5, v6, v7,
-            v8, v9, v10, v11, v12, v13, v14, v15,
-            v16, v17, v18, v19, v20, v21, v22, v23,
-            v24, v25, v26, v27, v28, v29, v30, v31,
-        ).to(tl.pointer_type(slot_value.dtype.element_ty))  # fmt: skip
+            a0, a1, a2, a3, a4, a5, a6, a7,
+            a8, a9, a10, a11, a12, a13, a14, a15,
+            a16, a17, a18, a19, a20, a21, a22, a23,
+            a24, a25, a26, a27, a28, a29, a30, a31,
+        )  # fmt: skip
         # Triton notes the alignment at the last addition, and drops an addition of 0 with the note.
-        row_token = tl.cast(token, tl.int64)
-        key_rows += (
-            batch * slot_key_stride_batch
-            + kv_head * slot_key_stride_head
-            + row_token * slot_key_stride_token
-        )
-        value_rows += (
-            batch * slot_value_stride_batch
-            + kv_head * slot_value_stride_head
-            + row_token * slot_value_stride_token
-        )
+        row = batch * stride_batch + kv_head * stride_head + tl.cast(token, tl.int64) * stride_token
+        rows = address.to(tl.pointer_type(source.dtype.element_ty)) + row
     else:
-        key_rows = slot_rows(
-            slot_key, table, slot.to(tl.int64), slot_live, batch, kv_head, own,
-            slot_key_stride_slot, slot_key_stride_batch, slot_key_stride_head,
-            slot_key_stride_token, 0, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        rows = slot_rows(
+            source, table, slot.to(tl.int64), slot_live, batch, kv_head,
+            (token + tl.arange(0, 1)).to(tl.int64), stride_slot, stride_batch, stride_head,
+            stride_token, FIRST, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
-        value_rows = slot_rows(
-            slot_value, table, slot.to(tl.int64), slot_live, batch, kv_head, own,
-            slot_value_stride_slot, slot_value_stride_batch, slot_value_stride_head,
-            slot_value_stride_token, 4, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-        )  # fmt: skip
-        key_rows = tl.reshape(key_rows, (SLOTS,))
-        value_rows = tl.reshape(value_rows, (SLOTS,))
-    key_rows = tl.multiple_of(key_rows, [SLOT_ALIGN])
-    value_rows = tl.multiple_of(value_rows, [SLOT_ALIGN])
+        rows = tl.reshape(rows, (SLOTS,))
+    rows = tl.multiple_of(rows, [SLOT_ALIGN])
     live = slot_live[:, None] & (dim < HEAD_DIM)[None, :]
-    k = tl.load(key_rows[:, None] + dim[None, :], mask=live, other=0.0)
-    v = tl.load(value_rows[:, None] + dim[None, :], mask=live, other=0.0)
-    return k, v
+    return tl.load(rows[:, None] + dim[None, :], mask=live, other=0.0)
 
 
 @triton.jit

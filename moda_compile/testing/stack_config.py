@@ -17,6 +17,8 @@ from moda_compile.testing.shrink import ShortRepr
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 VOCABULARY = 29
+#: Projections whose values may be of another width than the keys.
+UNEVEN = ("separate", "sizes")
 _PACKED = {
     "groups": 1, "value_dim": 0, "qk_norm": "none", "rotary": "none", "projection": "separate",
     "scale": None, "variants": (),
@@ -118,7 +120,7 @@ class StackConfig(ShortRepr):
         """Refuse what cannot be built."""
         if self.groups > 1 and self.projection in ("chunk", "interleaved"):
             raise InputError(f"projection={self.projection!r}: got groups={self.groups}, needs 1")
-        if self.values != self.head_dim and self.projection not in ("separate", "sizes"):
+        if self.values != self.head_dim and self.projection not in UNEVEN:
             raise InputError(f"projection={self.projection!r}: got value_dim={self.value_dim}")
         by_hand = self.core != "sdpa" or self.near_miss is not None
         if by_hand and self.groups > 1 and self.repeat == "enable_gqa":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moda_compile.testing import masks
 from moda_compile.testing.cases import Case
 from moda_compile.testing.cores import NEAR_MISSES, ByHand
-from moda_compile.testing.stack_config import DType, PairConfig, StackConfig, Variant
+from moda_compile.testing.stack_config import UNEVEN, DType, PairConfig, StackConfig, Variant
 from moda_compile.testing.stacks import RandomPair, RandomStack
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _config(
         return StackConfig(**config)
     if feature("norm_dtype") and dtype != "float32":
         config["norm_dtype"] = "float32"
-    if feature("value_dim") and not module and config["projection"] in ("separate", "sizes"):
+    if feature("value_dim") and not module and config["projection"] in UNEVEN:
         config["value_dim"] = pick(4, 12, 32)
     if feature("passes"):
         config["passes"] = 2
@@ -257,13 +257,13 @@ def _variants(
     shapes = config["mask"] not in _BIAS and config["repeat"] != "expand_before"
     if shapes and feature("shapes"):
         # Projections that are cut in three, and SDPA's own grouping where there is no SDPA.
-        separate = config["projection"] in ("separate", "sizes")
+        uneven = "value_dim" in wanted and config["projection"] in UNEVEN
         ungrouped = config["projection"] in ("chunk", "interleaved")
         ungrouped = ungrouped or ("core" in config and config["repeat"] == "enable_gqa")
         found.append(
             Variant(
                 head_dim=pick(None, 8, 16),
-                value_dim=pick(None, 4) if "value_dim" in wanted and separate else None,
+                value_dim=pick(None, 4) if uneven else None,
                 kv_heads=pick(None, 1, 2, 3),
                 groups=None if ungrouped else pick(None, 1, 2),
             )
