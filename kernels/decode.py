@@ -36,7 +36,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.decode_merge import decode_merge_kernel
-from moda_compile.kernels.decode_parts import slot_tile, with_keys, with_slots
+from moda_compile.kernels.decode_parts import ask_for, slot_tile, with_keys, with_slots
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 _MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -198,6 +198,13 @@ def decode_split_kernel(
     query_rows += head * query_stride_head + row_token * query_stride_token
     query_rows = tl.multiple_of(query_rows, [ALIGN])
     if DEPENDENT:
+        # While the kernels before it end, and then the slots and the mask are read, the first keys
+        # are on their way.
+        if first < last:
+            start = key + batch * key_stride_batch + kv_head * key_stride_head
+            ask_for(start, first, last, key_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
+            start = value + batch * value_stride_batch + kv_head * value_stride_head
+            ask_for(start, first, last, value_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
         gdc_wait()
     q = tl.load(query_rows[:, None] + dim[None, :], mask=live, other=0.0)
 

@@ -150,6 +150,26 @@ def joined(maximum, weight, total, other_maximum, other_weight, other_total):
 
 
 @triton.jit
+def ask_for(
+    start, first, last, stride_token, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Have the GPU bring the first KEYS rows of [first, last) into its L2 cache.
+
+    start: of a batch entry's keys or values of one head. Nothing waits for them. What another
+    kernel writes there meanwhile is seen all the same: all writes go through that cache.
+    """
+    SECTOR: tl.constexpr = 256 // start.dtype.element_ty.primitive_bitwidth  # of 32 bytes
+    u = tl.minimum(first + tl.arange(0, KEYS), last - 1).to(tl.int64)
+    dim = tl.minimum(tl.arange(0, PADDED_DIM // SECTOR) * SECTOR, HEAD_DIM - 1)
+    address = start + (u * stride_token)[:, None] + dim[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def with_keys(
     maximum,
     weight,

@@ -238,6 +238,9 @@ def test_split_kernel_compiles_for_an_h100(
     # Keys and values, in front of the loop and in it, 16 bytes at a time.
     assert len(of_slots) >= 4  # the queries' tile may be of the same size
     assert {layouts[x] for x in of_slots} == {f"[1, {16 // dtype.itemsize}]"}
+    # The first keys are asked for in front of the wait for other kernels, if there is one.
+    head, _, rest = made.asm["ptx"].partition("griddepcontrol.wait")
+    assert ("prefetch.global.L2" in head) == bool(rest) == constants["DEPENDENT"]
     if dtype != FP32:  # K and V run ahead, also where a mask says which of their rows are read
         assert made.asm["ttgir"].count("ttg.async_copy_global_to_local") >= 4
 
