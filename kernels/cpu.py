@@ -31,6 +31,7 @@ def forward(
     is_causal: bool,
     scale: float,
     mask: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention over the sequence and the depth slots.
 
@@ -41,6 +42,7 @@ def forward(
         is_causal: token t attends to tokens u <= t + Tk - Tq of the sequence.
         scale: factor of every score.
         mask: of the sequence, bool or additive, broadcastable to [B, Hq, Tq, Tk].
+        seen: as of `split.forward`; of no use here.
 
     Returns:
         out [B, Hq, Tq, d] in [B, Tq, Hq, d] memory order, and lse [B, Hq, Tq], natural log. A row

@@ -16,9 +16,10 @@ split stands for. No atomics: the same inputs give the same bits.
 
 A step of decoding is a chain of kernels that each take microseconds, so what counts beside the
 traffic is how many wait for one another: the slots are read beside the keys, not behind them, and
-a few slots are passed as addresses, not in a table that a kernel would have to write first. On
-Hopper each kernel is launched while the one before it ends. And where batches and heads alone fill
-the GPU there is one launch: a program has all chunks and all keys of its rows, and nothing to join.
+a few slots are passed as addresses, not in a table that a kernel would have to write first. What a
+mask leaves is known in front (`visible`). On Hopper each kernel is launched while the one before it
+ends, and has its first keys on their way by then. And where batches and heads alone fill the GPU
+there is one launch: a program has all chunks and all keys of its rows, and nothing to join.
 """
 
 # The arguments of Triton functions have no Python types.
@@ -26,28 +27,24 @@ the GPU there is one launch: a program has all chunks and all keys of its rows, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moda_compile.kernels import configs, launch, slot_table, tiles
+from moda_compile.kernels import MASK_CHUNK, configs, launch, slot_table, tiles, visible
 from moda_compile.kernels.decode_merge import decode_merge_kernel
 from moda_compile.kernels.decode_parts import ask_for, slot_tile, with_keys, with_slots
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
-_MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROW_ELEMENTS = 4  # rows of partial results start on 16-byte boundaries
-_MULTIPROCESSORS = 132  # of an H100: assumed where a graph is traced without a GPU
-
 
 # What changes with every token must not compile the kernels anew when it becomes a multiple of 16,
-# nor must an address. (A mask's last stride is specialised for: 16 bytes are loaded at once.)
-_GROWING = ["keys", "splits", "entries", "slots", "chunks", "slot_programs"]
+# nor must an address. (A mask's last stride is specialised for: its entries lie side by side.)
+_GROWING = ["keys", "splits", "entries", "slots", "chunks", "slot_programs", "mask_chunks"]
 _MASK_STRIDES = ["mask_stride_batch", "mask_stride_head", "mask_stride_query"]
+_MASK_STRIDES += ["ranges_stride_batch", "ranges_stride_head"]
 _ADDRESSES = [f"{side}{i}" for side in ("k", "v") for i in range(slot_table.ROWS)]
 
 
@@ -57,6 +54,7 @@ def decode_split_kernel(
     key,
     value,
     mask,
+    ranges,
     partial,
     out,
     lse,
@@ -87,6 +85,9 @@ def decode_split_kernel(
     mask_stride_head,
     mask_stride_query,
     mask_stride_key,
+    ranges_stride_batch,
+    ranges_stride_head,
+    mask_chunks,
     out_stride_batch,
     out_stride_head,
     out_stride_token,
@@ -121,6 +122,7 @@ def decode_split_kernel(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     SHARED_MASK: tl.constexpr,
+    MASK_CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     TABLE: tl.constexpr,
     LISTED: tl.constexpr,
@@ -139,8 +141,9 @@ def decode_split_kernel(
     up to ROWS query heads of one key/value head; the others a split of the keys, and ROWS rows.
     partial: the results, [pair, row, part] entries of WIDTH, 1 and 1 numbers, one kind after the
     other; a row's parts are its splits, then its chunks. MASK: 0 none, 1 bool, 2 additive.
-    SHARED_MASK: it is the same for all rows of a program. LISTED: k0, v0, .. are the addresses of
-    the slots. DEPENDENT: launched while the kernels before it may still run.
+    SHARED_MASK: it is the same for all rows of a program, and `ranges` is what `visible.run` says
+    of it, in mask_chunks chunks. LISTED: k0, v0, .. are the addresses of the slots. DEPENDENT:
+    launched while the kernels before it may still run.
     """
     LN2: tl.constexpr = 0.6931471805599453
     if DEPENDENT:
@@ -198,13 +201,11 @@ def decode_split_kernel(
     query_rows += head * query_stride_head + row_token * query_stride_token
     query_rows = tl.multiple_of(query_rows, [ALIGN])
     if DEPENDENT:
-        # While the kernels before it end, and then the slots and the mask are read, the first keys
-        # are on their way.
-        if first < last:
-            start = key + batch * key_stride_batch + kv_head * key_stride_head
-            ask_for(start, first, last, key_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
-            start = value + batch * value_stride_batch + kv_head * value_stride_head
-            ask_for(start, first, last, value_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
+        # While the kernels before it end the first keys are on their way.
+        start = key + batch * key_stride_batch + kv_head * key_stride_head
+        ask_for(start, first, last, key_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
+        start = value + batch * value_stride_batch + kv_head * value_stride_head
+        ask_for(start, first, last, value_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
         gdc_wait()
     q = tl.load(query_rows[:, None] + dim[None, :], mask=live, other=0.0)
 
@@ -248,6 +249,7 @@ def decode_split_kernel(
         key,
         value,
         mask,
+        ranges,
         queries,
         keys,
         scale,
@@ -261,6 +263,9 @@ def decode_split_kernel(
         mask_stride_head,
         mask_stride_query,
         mask_stride_key,
+        ranges_stride_batch,
+        ranges_stride_head,
+        mask_chunks,
         GROUP,
         HEAD_DIM,
         PADDED_DIM,
@@ -268,6 +273,7 @@ def decode_split_kernel(
         CAUSAL,
         MASK,
         SHARED_MASK,
+        MASK_CHUNK,
         KEY_ALIGN,
         VALUE_ALIGN,
         EMULATED,
@@ -329,19 +335,20 @@ def run(
     is_causal: bool,
     scale: float,
     mask: Tensor | None = None,
+    seen: Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of few query tokens over the keys and the depth slots.
 
     Args:
-        q: queries [B, Hq, Tq, d], meant for up to
-            `kernels.MAX_DECODE_QUERIES` tokens.
+        q: queries [B, Hq, Tq, d], meant for up to `kernels.MAX_DECODE_QUERIES` tokens.
         k, v: keys and values [B, Hk, Tk, d], any strides, Hq a multiple of Hk; Tk may be 0.
         slots: the depth slots, each [B, Hk, Tq, d] (see `slot_table`), best `listed`; or None.
         is_causal: query token i sees the keys u <= i + Tk - Tq.
         scale: factor of every score.
         mask: of the sequence, bool or additive, broadcastable to [B, Hq, Tq, Tk]; beside is_causal
             it takes more away. Keys that no row of a program sees are not read at all.
+        seen: what `visible.run` says of the mask, where it is known.
         splits: the most splits of the keys; by default what `configs.decode_splits` says.
 
     Returns:
@@ -357,18 +364,21 @@ def run(
     if q.numel() == 0:
         return out, lse
     q, k, v = launch.unit_rows(q), launch.unit_rows(k), launch.unit_rows(v)
-    kind, shared = NO_MASK, True
+    kind = NO_MASK
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    seen_strides: tuple[int, ...] = (0, 0)
     if mask is not None:
-        if mask.dtype not in _MASK_DTYPES:  # float8
-            mask = mask.to(torch.float32)
+        mask = visible.readable(mask)
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
         mask_strides = mask.expand(b, hq, queries, keys).stride()
-        one_head = group == 1 or _is(mask_strides[1], 0)
-        shared = one_head and (_is(queries, 1) or _is(mask_strides[2], 0))
+        rows_of_mask = visible.distinct_rows(mask, group, queries)
+        if seen is None and rows_of_mask is not None:
+            seen = visible.run(mask, *rows_of_mask)
+        if seen is not None:
+            seen_strides = seen.expand(b, hk, seen.shape[2]).stride()[:2]
 
     rows = group * queries
-    multiprocessors = _multiprocessors(q)
+    multiprocessors = launch.multiprocessors(q)
     tile = configs.decode_tile(
         head_dim=d,
         rows=rows,
@@ -388,7 +398,7 @@ def run(
     read = slots or slot_table.none(q)
     chunks = -(-read.count // slot_tile)
     # One program for all there is: nothing is left to join.
-    whole = _is(splits, 1) and _is(queries, 1) and _is(row_blocks, 1)
+    whole = launch.equals(splits, 1) and launch.equals(queries, 1) and launch.equals(row_blocks, 1)
     slot_programs = 0 if whole else b * hk * queries * -(-group // tile.rows) * chunks
     width = -(-d // _ROW_ELEMENTS) * _ROW_ELEMENTS
     # t_C, then m_C, then w_C: [B, Hk, rows, parts] entries of width, 1 and 1 numbers.
@@ -408,6 +418,7 @@ def run(
             k,
             v,
             q if mask is None else mask,
+            q if seen is None else seen,
             partial,
             out,
             lse,
@@ -429,6 +440,8 @@ def run(
             *k.stride()[:3],
             *v.stride()[:3],
             *mask_strides,
+            *seen_strides,
+            0 if seen is None else seen.shape[2] // 3,
             *out.stride()[:3],
             *lse.stride(),
             *read.key_strides,
@@ -445,7 +458,8 @@ def run(
             DEPENDENT=dependent,
             CAUSAL=is_causal,
             MASK=kind,
-            SHARED_MASK=shared,
+            SHARED_MASK=seen is not None,
+            MASK_CHUNK=MASK_CHUNK,
             COLUMNS=tiles.TABLE_COLUMNS,
             TABLE=read.is_table,
             LISTED=bool(read.addresses),
@@ -483,14 +497,3 @@ def run(
             **options,
         )
     return out, lse
-
-
-def _is(n: Any, number: int) -> bool:
-    """n is known to be this number: no guard on a symbolic one."""
-    return type(n) is int and n == number
-
-
-def _multiprocessors(x: Tensor) -> int:
-    if x.is_cuda and torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
-    return _MULTIPROCESSORS

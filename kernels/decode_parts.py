@@ -13,6 +13,7 @@ import triton.language as tl
 
 from moda_compile.kernels.slot_table import listed_number
 from moda_compile.kernels.tiles import product, slot_rows
+from moda_compile.kernels.visible import visible_range
 
 
 @triton.jit
@@ -26,46 +27,6 @@ def _added(bias):
         bias = bias.to(tl.float32)
     huge = (bias < -16777216.0) & (bias != float("-inf"))
     return tl.where(huge, -1267650600228229401496703205376.0, bias).to(tl.float32)
-
-
-@triton.jit
-def _joined_ranges(lowest, highest, free, lowest_other, highest_other, free_other):
-    return (
-        tl.minimum(lowest, lowest_other),
-        tl.maximum(highest, highest_other),
-        free + free_other,
-    )
-
-
-@triton.jit
-def _visible_range(entries, first, last, mask_stride_key, MASK: tl.constexpr, SCAN: tl.constexpr):
-    """(first, last) visible key + 1 of [first, last), and whether the mask is nothing else.
-
-    entries: a row of the mask. What it hides at the ends, a cache's unused places or a padded
-    prompt's start, is then not read, and what it leaves needs no look at the mask again.
-    """
-    lowest = tl.full([SCAN], 2147483647, tl.int32)
-    highest = tl.full([SCAN], -1, tl.int32)
-    free = tl.zeros([SCAN], tl.int32)
-    for start in range(first, last, SCAN):
-        u = start + tl.arange(0, SCAN)
-        live = u < last
-        entry = entries + u.to(tl.int64) * mask_stride_key
-        if MASK == 1:
-            seen = tl.load(entry, mask=live, other=0).to(tl.int1)
-            plain = seen
-        else:
-            bias = tl.load(entry, mask=live, other=float("-inf"))
-            seen = bias != float("-inf")
-            plain = bias == 0.0
-        lowest = tl.minimum(lowest, tl.where(seen, u, 2147483647))
-        highest = tl.maximum(highest, tl.where(seen, u, -1))
-        free += plain.to(tl.int32)
-    # Every program's keys wait for this: one pass through its threads, not three.
-    lowest_seen, highest_seen, free_seen = tl.reduce((lowest, highest, free), 0, _joined_ranges)
-    begin = tl.minimum(lowest_seen, last)  # nothing seen: an empty range
-    end = tl.maximum(highest_seen + 1, begin)
-    return begin, end, free_seen == end - begin
 
 
 @triton.jit
@@ -154,19 +115,20 @@ def ask_for(
     start, first, last, stride_token, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Have the GPU bring the first KEYS rows of [first, last) into its L2 cache.
+    """Have an NVIDIA GPU bring the first KEYS rows of [first, last) into its L2 cache.
 
     start: of a batch entry's keys or values of one head. Nothing waits for them. What another
     kernel writes there meanwhile is seen all the same: all writes go through that cache.
     """
     SECTOR: tl.constexpr = 256 // start.dtype.element_ty.primitive_bitwidth  # of 32 bytes
-    u = tl.minimum(first + tl.arange(0, KEYS), last - 1).to(tl.int64)
-    dim = tl.minimum(tl.arange(0, PADDED_DIM // SECTOR) * SECTOR, HEAD_DIM - 1)
-    address = start + (u * stride_token)[:, None] + dim[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    if first < last:
+        u = tl.minimum(first + tl.arange(0, KEYS), last - 1).to(tl.int64)
+        dim = tl.minimum(tl.arange(0, PADDED_DIM // SECTOR) * SECTOR, HEAD_DIM - 1)
+        address = start + (u * stride_token)[:, None] + dim[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -184,6 +146,7 @@ def with_keys(
     key,
     value,
     mask,
+    ranges,
     queries,
     keys,
     scale,
@@ -197,6 +160,9 @@ def with_keys(
     mask_stride_head,
     mask_stride_query,
     mask_stride_key,
+    ranges_stride_batch,
+    ranges_stride_head,
+    mask_chunks,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -204,6 +170,7 @@ def with_keys(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     SHARED_MASK: tl.constexpr,
+    MASK_CHUNK: tl.constexpr,
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     EMULATED: tl.constexpr,
@@ -225,7 +192,8 @@ def with_keys(
     last_seen = token + (keys - queries)
     masked = True  # there is more to the mask than the range [first, last)
     if MASK != 0 and SHARED_MASK:
-        first, last, plain = _visible_range(mask_row, first, last, mask_stride_key, MASK, 16 * KEYS)
+        own = ranges + batch * ranges_stride_batch + kv_head * ranges_stride_head
+        first, last, plain = visible_range(own, first, last, mask_chunks, MASK_CHUNK)
         masked = plain == 0
     # From 0: Triton lets the loads of a loop run ahead only if it starts where no load decides.
     for step in range(0, tl.cdiv(last - first, KEYS)):

@@ -21,6 +21,7 @@ EMULATED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # no GPU; the operator behind it doesn't. (Indexing is the same: narrow and select are used here.)
 contiguous = torch.ops.aten.contiguous.default
 
+_MULTIPROCESSORS = 132  # of an H100: assumed where a graph is traced without a GPU
 WIDEST_ACCESS = 16  # bytes; the widest load a GPU thread can make
 
 
@@ -29,6 +30,13 @@ def capability(x: Tensor) -> tuple[int, int]:
     if x.is_cuda and torch.cuda.is_available():
         return torch.cuda.get_device_capability(x.device)
     return (0, 0)
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many of them x's GPU has."""
+    if x.is_cuda and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return _MULTIPROCESSORS
 
 
 def dependent_launches(x: Tensor) -> bool:
@@ -169,7 +177,9 @@ def _alignment(x: Tensor) -> int:
                 bits |= stride * size
         return bits & -bits  # of a power of two: the lowest bit that is set in any decides
     steps: list[Any] = [
-        stride * size for n, stride in zip(x.shape[:-1], x.stride(), strict=False) if not _is_one(n)
+        stride * size
+        for n, stride in zip(x.shape[:-1], x.stride(), strict=False)
+        if not equals(n, 1)
     ]
     steps.append(x.storage_offset() * size)
     if all(type(step) is int for step in steps):
@@ -180,5 +190,6 @@ def _alignment(x: Tensor) -> int:
     return width
 
 
-def _is_one(n: Any) -> bool:
-    return type(n) is int and n == 1
+def equals(n: Any, number: int) -> bool:
+    """n is known to be this number: no guard on a symbolic one."""
+    return type(n) is int and n == number

@@ -8,8 +8,7 @@ many keys is `decode`'s alone; where the platform has no attention that serves, 
 
 `forward` and `backward` take the slots as separate tensors, and are to be called from an opaque
 operator, or traced where :func:`traceable` says so. The stacked forms take one tensor a side and
-can be traced (`torch.library.triton_op`). `merge` is the depth part alone, for a sequence part that
-the graph itself computes.
+can be traced (`torch.library.triton_op`). `merge` is the depth part, the sequence's being given.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ def forward(
     is_causal: bool,
     scale: float,
     mask: Tensor | None = None,
+    seen: Tensor | None = None,
     lowering: Lowering | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention over the sequence and the depth slots.
@@ -64,6 +64,7 @@ def forward(
         is_causal: token t attends to tokens u <= t + Tk - Tq of the sequence.
         scale: factor of every score.
         mask: of the sequence, bool or additive, broadcastable to [B, Hq, Tq, Tk].
+        seen: what `visible.run` says of the mask, where it is known; for `decode`.
         lowering: by default what `kernels.choose` says.
 
     Returns:
@@ -77,7 +78,7 @@ def forward(
     has_slots = _count(depth_k) > 0
     if lowering.name == "decode":
         slots = _slots(depth_k, depth_v, listed=True) if has_slots else None
-        return decode.run(q, k, v, slots, is_causal=is_causal, scale=scale, mask=mask)
+        return decode.run(q, k, v, slots, is_causal=is_causal, scale=scale, mask=mask, seen=seen)
     if lowering.name == "fused":
         slots = _slots(depth_k, depth_v) if has_slots else None
         return fused_forward.run(q, k, v, slots, is_causal=is_causal, scale=scale, mask=mask)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from moda_compile import fx, pipeline
 from moda_compile.config import MoDAConfig
 from moda_compile.errors import InputError, RewriteError
-from moda_compile.passes import gather, unfold
+from moda_compile.passes import gather, unfold, visible
 from moda_compile.plan import Plan
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
@@ -228,13 +228,14 @@ def _inductor(
 
 
 def _unfold_and_compile(gm: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-    """What Inductor does for a graph of forward or backward, after `unfold`.
+    """What Inductor does for a graph of forward or backward, after `visible` and `unfold`.
 
     Before all of Inductor's own passes: behind them it would look again at what every node that
     follows one of the changed makes, a tenth of a compilation.
     """
     from torch._inductor.compile_fx import compile_fx_inner
 
+    visible.run(gm.graph)
     unfold.run(gm.graph)
     gm.recompile()
     return compile_fx_inner(gm, inputs, **options)

@@ -80,6 +80,25 @@ def check_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> No
         raise InputError(f"depth_attention: the mask is on {mask.device}, q on {q.device}.")
 
 
+def check_seen(q: Tensor, k: Tensor, mask: Tensor | None, seen: Tensor | None) -> None:
+    """Refuse what `visible_keys` can't have said of this mask."""
+    if seen is None:
+        return
+    from moda_compile.kernels import MASK_CHUNK
+
+    b, hk, entries = *k.shape[:2], 3 * -(-k.shape[2] // MASK_CHUNK)
+    fits = seen.dim() == 3 and seen.shape[0] in (1, b) and seen.shape[1] in (1, hk)
+    if mask is None or not fits or seen.shape[2] != entries or not seen.is_contiguous():
+        raise InputError(
+            f"depth_attention: got seen {tuple(seen.shape)}, expected a mask's visible_keys, "
+            f"contiguous [B or 1, Hk or 1, {entries}], as k is {tuple(k.shape)}."
+        )
+    if seen.dtype != torch.int32 or seen.device != q.device:
+        raise InputError(
+            f"depth_attention: seen is {seen.dtype} on {seen.device}, expected int32 on {q.device}."
+        )
+
+
 def check_some(name: str, depth_k: Sequence[Tensor]) -> None:
     """Refuse an operator `name` without slots."""
     if not depth_k:
@@ -144,23 +163,25 @@ def depth_attention(
     is_causal: bool,
     scale: float,
     mask: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of q [B, Hq, Tq, d] over k, v [B, Hk, Tk, d] and S slots [B, Hk, Tq, d].
 
     The slots are separate tensors of any strides. is_causal: the last query sees all keys, the one
     before all but one, and so on: u <= t + Tk - Tq. mask: bool (True attends) or added to the
     scores, broadcastable to [B, Hq, Tq, Tk]. It masks the sequence only. A row that it leaves no
-    key gives all its weight to the slots.
+    key gives all its weight to the slots. seen: the mask's `visible.visible_keys`, if known.
     """
     check_slots(q, k, v, depth_k, depth_v)
     check_mask(q, k, mask, is_causal)
+    check_seen(q, k, mask, seen)
     return kernels_for(q).forward(
-        q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale, mask=mask
+        q, k, v, depth_k, depth_v, is_causal=is_causal, scale=scale, mask=mask, seen=seen
     )
 
 
 @registration.fake("depth_attention")
-def _(q, k, v, depth_k, depth_v, is_causal, scale, mask=None):  # type: ignore[no-untyped-def]
+def _(q, k, v, depth_k, depth_v, is_causal, scale, mask=None, seen=None):  # type: ignore[no-untyped-def]
     return token_major(q), fake_lse(q)
 
 

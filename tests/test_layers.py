@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes", "verify"),
     ("plan",),
     ("patterns", "kernels"),
-    ("report", "stacked", "markers", "cost", "gathered", "launches"),
+    ("report", "stacked", "markers", "cost", "gathered", "launches", "visible"),
     ("ops", "varlen"),
     ("config", "fx", "registration"),
     ("errors",),
@@ -39,7 +39,7 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 OPEN_INSIDE = {"patterns", "kernels", "testing"}
 # Calls into kernels happen when an op runs, so these import them inside a function: importing
 # moda_compile doesn't load Triton.
-LAZY_UP = {("launches", "kernels"), ("ops", "kernels"), ("varlen", "kernels")}
+LAZY_UP = {(name, "kernels") for name in ("launches", "ops", "varlen", "visible")}
 LAZY_ONLY = "kernels"  # nobody above imports it at module level
 FILE_LIMIT = 500
 

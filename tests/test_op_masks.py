@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -417,3 +418,19 @@ def test_the_inner_operators_refuse_what_would_read_out_of_bounds(
     rest = (list(depth_k), list(depth_v))
     with pytest.raises(InputError, match=message):
         OPS.depth_attention(q, k, v, *rest, False, 0.25, mask)
+
+
+def test_what_a_mask_leaves_may_be_given() -> None:
+    """`passes.visible` does; on a CPU it changes nothing."""
+    q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16)
+    mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    seen = torch.tensor([[[0, 8, 9]]], dtype=torch.int32)
+    call = partial(OPS.depth_attention, q, k, k, [], [], False, 0.25)
+    assert torch.equal(call(mask, seen)[0], call(mask)[0])
+    for wrong in (seen[0], seen.repeat(1, 1, 2), seen.repeat(3, 1, 1), seen.long()):
+        with pytest.raises(InputError, match="seen"):
+            call(mask, wrong)
+    with pytest.raises(InputError, match="a mask's visible_keys"):
+        call(None, seen)
+    with pytest.raises(InputError, match="on a GPU"):
+        OPS.visible_keys(mask, 1, 1)

@@ -37,7 +37,7 @@ def compile_for_h100(
     for place, name in enumerate(kernel.arg_names):
         signature[name] = pointers.get(name, "fp32" if name == "scale" else "i32")
         signature[name] = "constexpr" if name in constants else signature[name]
-        row_stride = "stride" in name and not name.startswith(("mask", "lse", "delta"))
+        row_stride = "stride" in name and not name.startswith(("mask", "ranges", "lse", "delta"))
         if name not in constants and (name in pointers or row_stride):
             attributes[(place,)] = DIVISIBLE
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

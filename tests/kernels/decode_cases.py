@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moda_compile.kernels import decode, slot_table, split  # noqa: E402
+from moda_compile.kernels import MASK_CHUNK, decode, masks, slot_table, split, visible  # noqa: E402
 from tests.kernels.script import report  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -106,6 +106,9 @@ def make_mask(kind: str, b: int, heads: int, queries: int, keys: int, draw: Any)
     dead = seen & ~((column.new_zeros(1, 1, queries, 1) + torch.arange(queries)[:, None]) == 0)
     if kind == "position":  # of a static cache: what is written so far
         return (torch.arange(keys) <= keys // 2)[None, None, None, :]
+    if kind == "far":  # of rows of many chunks: keys on both sides of where one ends, and a hole
+        seen = column > keys - 180
+        return (seen & (column != keys - 90)).expand(b, 1, 1, keys)
     if kind == "window":
         return (column > row - 9) & (column <= row)
     if kind == "left_padding":
@@ -180,6 +183,13 @@ def cases() -> Iterator[dict[str, Any]]:
     for mask in ("per_head", "left_padding", "alibi", "alibi_bf16", "transposed", "per_query"):
         yield BASE | dict(mask=mask, b=2, hk=2, g=1, q=2, t=25)
     yield BASE | dict(mask="left_padding", b=2, causal=True, q=5)
+    for mask, g in itertools.product(("position", "left_padding", "-inf fp32", "far"), (1, 2)):
+        yield BASE | dict(mask=mask, g=g, hk=2, b=2, check="seen")
+    yield BASE | dict(mask="per_head", g=1, hk=3, b=2, check="seen")
+    # Rows that are looked at in several chunks, and in more than a program reads at once.
+    for t, splits in itertools.product((4096 + 60, 33 * 4096 + 7), (1, 2)):
+        for check in ("oracle", "unread", "seen"):
+            yield BASE | dict(mask="far", b=2, t=t, splits=splits, check=check)
     # Of 200 keys the last split has few: a row of nothing but huge numbers sees all of them alike.
     yield BASE | dict(mask="smallest fp32", causal=True, q=5, g=1, s=0, t=200, splits=2)
     yield BASE | dict(mask="smallest fp32", t=300, q=3, s=0, splits=5)
@@ -207,6 +217,20 @@ def cases() -> Iterator[dict[str, Any]]:
     yield BASE | dict(poison="slot", q=2, check="nan")
     yield BASE | dict(mask="position", check="unread")
     yield BASE | dict(mask="left_padding", b=2, check="unread", q=2, splits=2, dtype="fp32")
+
+
+def looked_at(mask: Tensor, batches: int, heads: int) -> Tensor:
+    """What `visible.run` is to say of a mask [B, H, Tq, Tk], key by key."""
+    rows = mask[:batches, :heads, 0]
+    seen = rows if mask.dtype == torch.bool else rows != -math.inf
+    plain = rows if mask.dtype == torch.bool else rows == 0
+    found = []
+    for at in range(0, mask.shape[3], MASK_CHUNK):
+        key = torch.arange(at, min(at + MASK_CHUNK, mask.shape[3]))
+        own, free = (x[..., at : at + MASK_CHUNK] for x in (seen, plain))
+        first = key.where(own, 2**31 - 1).amin(-1)
+        found.append(torch.stack([first, key.where(own, -1).amax(-1), free.sum(-1)], -1))
+    return torch.stack(found, -1).reshape(batches, heads, -1).int()
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -272,6 +296,15 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         )
         result["holds"] = torch.equal(out[:, 0], again[0][:, 0])
         result["holds"] &= torch.equal(lse, again[1])
+    elif case["check"] == "seen":  # what all layers may share
+        assert mask is not None
+        rows = visible.distinct_rows(mask, case["g"], queries)
+        distinct = masks.compact(mask)
+        assert rows == distinct.shape[:2]
+        seen = visible.run(mask, *rows)
+        again = decode.run(q, k, v, slots, **options, seen=seen, splits=case["splits"])
+        result["holds"] = torch.equal(seen, looked_at(distinct, *rows))
+        result["holds"] &= torch.equal(out, again[0]) and torch.equal(lse, again[1])
     elif case["check"] == "unread":  # keys that the mask hides from all may hold anything
         assert mask is not None
         hidden = ~mask.expand(b, 1, queries, keys).any(2).squeeze(1)[:, None, :, None]

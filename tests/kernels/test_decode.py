@@ -26,7 +26,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton")
 
-from moda_compile.kernels import configs, decode, launch, slot_table  # noqa: E402
+from moda_compile import kernels  # noqa: E402
+from moda_compile.kernels import configs, decode, launch, slot_table, visible  # noqa: E402
 from tests.kernels.compiled import POINTERS, compile_for_h100  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("decode_cases.py")
@@ -49,7 +50,7 @@ def lines() -> list[dict[str, Any]]:
 def test_every_case_ran(lines: list[dict[str, Any]]) -> None:
     failures = [(x["case"], x["traceback"]) for x in lines if "traceback" in x]
     assert failures == []
-    assert len(lines) == 182
+    assert len(lines) == 203
 
 
 def test_errors_stay_within_eager_plus_rounding(lines: list[dict[str, Any]]) -> None:
@@ -66,7 +67,7 @@ def test_errors_stay_within_eager_plus_rounding(lines: list[dict[str, Any]]) -> 
     assert wrong == []
 
 
-@pytest.mark.parametrize("check", ["twice", "nan", "apart", "unread"])
+@pytest.mark.parametrize("check", ["twice", "nan", "apart", "unread", "seen"])
 def test_holds(lines: list[dict[str, Any]], check: str) -> None:
     """The same bits twice; NaN where the definition has it; what is hidden is never read."""
     checked = [x for x in lines if x["case"]["check"] == check]
@@ -172,7 +173,9 @@ def test_traces_with_fake_cuda_tensors(
 ) -> None:
     graph, (out, lse) = trace(queries, slots, symbolic=symbolic, masked=masked)
     nodes = [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
-    first, second = (node.kwargs for node in nodes)
+    # A mask that all rows share is looked at first.
+    assert len(nodes) == (3 if masked is not None and queries == 1 else 2)
+    first, second = (node.kwargs for node in nodes[-2:])
     assert (out.shape, out.dtype) == ((B, HQ, queries, D), BF16)
     assert out.transpose(1, 2).is_contiguous()
     assert (lse.shape, lse.dtype) == ((B, HQ, queries), FP32)
@@ -213,12 +216,14 @@ def test_split_kernel_compiles_for_an_h100(
     tile = tile_of(head_dim, rows, dtype, pairs=pairs)
     own = POINTERS[dtype]
     pointers = dict(query=own, key=own, value=own, mask=POINTERS.get(masked, own))
+    pointers["ranges"] = "*i32"
     pointers |= dict(slot_key=own, slot_value=own, partial="*fp32", out=own, lse="*fp32")
     pointers["table"] = "*i64" if slots == "table" else own
     pointers |= dict.fromkeys(decode._ADDRESSES, "i64" if slots == "listed" else "i32")
     constants: dict[str, Any] = dict(
         GROUP=rows, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), WIDTH=head_dim,
         ROWS=tile.rows, KEYS=tile.keys, CAUSAL=causal, SHARED_MASK=shared, EMULATED=False,
+        MASK_CHUNK=kernels.MASK_CHUNK,
         MASK=0 if masked is None else 1 if masked == torch.bool else 2,
         WHOLE=whole, DEPENDENT=slots != "table", OUT_ALIGN=16,
         SLOTS=configs.decode_slots(head_dim=head_dim, dtype=dtype),
@@ -243,6 +248,14 @@ def test_split_kernel_compiles_for_an_h100(
     assert ("prefetch.global.L2" in head) == bool(rest) == constants["DEPENDENT"]
     if dtype != FP32:  # K and V run ahead, also where a mask says which of their rows are read
         assert made.asm["ttgir"].count("ttg.async_copy_global_to_local") >= 4
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bool, BF16], ids=str)
+def test_visible_keys_kernel_compiles_for_an_h100(dtype: torch.dtype) -> None:
+    pointers = dict(mask=POINTERS[dtype], visible="*i32")
+    constants = dict(BOOL=dtype == torch.bool, CHUNK=kernels.MASK_CHUNK, stride_key=1)
+    compile_for_h100(visible.visible_keys_kernel, pointers, constants, num_warps=8)
 
 
 @compiled_only
