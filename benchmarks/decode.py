@@ -289,7 +289,10 @@ def claims(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
             + ("-" if row["ratio"] is None else f"{row['ratio']:.3f}")
             for row in own
         )
-        text = f"{what}, {name}, tokens/s of plain by batch x context (at least {FLOORS[what]})"
+        shape = MODELS[name]
+        heads = f"{shape.heads}/{shape.kv_heads} heads of {shape.head_dim}"
+        text = f"{what}, {name} ({shape.layers} layers, D={shape.hidden}, {heads})"
+        text += f": tokens/s of plain by batch x context (at least {FLOORS[what]})"
         found.append((text, ", ".join(ratios)))
     return found
 
