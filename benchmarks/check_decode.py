@@ -186,10 +186,9 @@ def check(case: Case) -> str:
     with poisoned():
         out, lse = decode.run(q, k, v, slots, **options, splits=case.splits)
         rows = None if mask is None else visible.distinct_rows(mask, case.g, case.queries)
-        if mask is not None and rows is not None:  # once more with what a graph's layers share
-            options["seen"] = visible.run(mask, *rows)
-        again, lse_again = decode.run(q, k, v, slots, **options, splits=case.splits)
-        options.pop("seen", None)
+        # Once more with what a graph's layers share.
+        shared = None if mask is None or rows is None else visible.run(mask, *rows)
+        again, lse_again = decode.run(q, k, v, slots, **options, seen=shared, splits=case.splits)
     assert torch.equal(out, again) and torch.equal(lse, lse_again), "two runs differ"
     assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous(), "layout"
 

@@ -53,6 +53,12 @@ key head) walk the keys anew, and attention kernels for many queries do better."
 MASK_CHUNK = 4096
 """Keys of a row of a mask that are looked at together; see `visible`."""
 
+
+def mask_chunks(keys: int) -> int:
+    """How many chunks a row of a mask of `keys` keys, which may be symbolic, is looked at in."""
+    return -(-keys // MASK_CHUNK)
+
+
 GATHERED_SLOTS = 2
 """Slots whose gradients one launch completes: when a layer's backward has run, its own slot's are
 complete, and so are those of the slot before it. It may begin as many again; see `gathers_ahead`.

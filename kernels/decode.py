@@ -371,9 +371,9 @@ def run(
         mask = visible.readable(mask)
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
         mask_strides = mask.expand(b, hq, queries, keys).stride()
-        rows_of_mask = visible.distinct_rows(mask, group, queries)
-        if seen is None and rows_of_mask is not None:
-            seen = visible.run(mask, *rows_of_mask)
+        if seen is None:
+            distinct = visible.distinct_rows(mask, group, queries)
+            seen = None if distinct is None else visible.run(mask, *distinct)
         if seen is not None:
             seen_strides = seen.expand(b, hk, seen.shape[2]).stride()[:2]
 

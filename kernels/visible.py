@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moda_compile.kernels import MASK_CHUNK, launch
+from moda_compile.kernels import MASK_CHUNK, launch, mask_chunks, masks
 
 _DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NOTHING = tl.constexpr(2147483647)  # where no key is visible: behind all of them
@@ -96,12 +96,7 @@ def distinct_rows(mask: Tensor, group: Any, queries: Any) -> tuple[Any, Any] | N
     Args:
         mask: broadcastable to [B, Hq, Tq, Tk]. group: query heads per key/value head. queries: Tq.
     """
-    missing = 4 - mask.dim()
-    sizes = [
-        1 if launch.equals(stride, 0) else n
-        for n, stride in zip(mask.shape, mask.stride(), strict=True)
-    ]
-    batches, heads, tokens, keys = [1] * missing + sizes
+    batches, heads, tokens, keys = masks.compact(mask).shape
     if launch.equals(keys, 1) or not (launch.equals(tokens, 1) or launch.equals(queries, 1)):
         return None
     return (batches, heads) if launch.equals(heads, 1) or launch.equals(group, 1) else None
@@ -119,10 +114,9 @@ def run(mask: Tensor, batches: Any, heads: Any) -> Tensor:
         of each (2^31 - 1 if there is none), then of each the last one (-1), then how many there are
         that the mask leaves as they are. A number that is added hides a key if it is -inf.
     """
-    mask = readable(mask)
-    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    mask = masks.compact(readable(mask))
     keys = mask.shape[3]
-    chunks = -(-keys // MASK_CHUNK)
+    chunks = mask_chunks(keys)
     # Not [.., 3, chunks]: a compiler would ask whether chunks is 1, and compile for the answer.
     visible = mask.new_empty((batches, heads, 3 * chunks), dtype=torch.int32)
     if any(launch.equals(n, 0) for n in visible.shape):

@@ -84,9 +84,9 @@ def check_seen(q: Tensor, k: Tensor, mask: Tensor | None, seen: Tensor | None) -
     """Refuse what `visible_keys` can't have said of this mask."""
     if seen is None:
         return
-    from moda_compile.kernels import MASK_CHUNK
+    from moda_compile.kernels import mask_chunks
 
-    b, hk, entries = *k.shape[:2], 3 * -(-k.shape[2] // MASK_CHUNK)
+    b, hk, entries = *k.shape[:2], 3 * mask_chunks(k.shape[2])
     fits = seen.dim() == 3 and seen.shape[0] in (1, b) and seen.shape[1] in (1, hk)
     if mask is None or not fits or seen.shape[2] != entries or not seen.is_contiguous():
         raise InputError(

@@ -26,7 +26,7 @@ def visible_keys(mask: Tensor, batches: int, heads: int) -> Tensor:
 
 @registration.fake("visible_keys")
 def _(mask, batches, heads):  # type: ignore[no-untyped-def]
-    from moda_compile.kernels import MASK_CHUNK
+    from moda_compile.kernels import mask_chunks
 
-    chunks = -(-mask.shape[-1] // MASK_CHUNK)
-    return mask.new_empty((batches, heads, 3 * chunks), dtype=torch.int32)
+    entries = 3 * mask_chunks(mask.shape[-1])
+    return mask.new_empty((batches, heads, entries), dtype=torch.int32)

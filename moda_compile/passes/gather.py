@@ -25,7 +25,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from moda_compile import gathered  # noqa: F401  (registers the operators)
+from moda_compile import gathered, traced  # noqa: F401  (registers the operators)
 
 _aten = torch.ops.aten
 _own = torch.ops.moda_compile
@@ -162,10 +162,10 @@ def _worthwhile(chain: Sequence[_Reader]) -> bool:
     """Whether the gathering kernel serves these, and holding on to q and do costs no memory."""
     from moda_compile import kernels
 
-    q, group = _value(chain[0].call["q"]), _group(chain)
+    q, group = traced.value(chain[0].call["q"]), _group(chain)
     if len({reader.call["scale"] for reader in chain}) > 1:
         return False
-    if any(x.dtype != q.dtype for r in chain for x in map(_value, _rows(r))):
+    if any(x.dtype != q.dtype for r in chain for x in map(traced.value, _rows(r))):
         return False
     what = {"device_type": q.device.type, "dtype": q.dtype, "head_dim": int(q.shape[3])}
     if not kernels.gathers(**what, group=group):
@@ -173,13 +173,13 @@ def _worthwhile(chain: Sequence[_Reader]) -> bool:
     # Of a query that is computed again for this backward, memory would have been freed: then q and
     # do, 2 G rows of a slot's, must not be more than the accumulator's 2.
     again = any(reader.call["q"].meta.get("recompute") in _RECOMPUTED for reader in chain)
-    held, kept = group * q.dtype.itemsize, _value(chain[0].before).dtype.itemsize
+    held, kept = group * q.dtype.itemsize, traced.value(chain[0].before).dtype.itemsize
     return not again or bool(held <= kept)
 
 
 def _group(chain: Sequence[_Reader]) -> int:
     """Query heads per key head."""
-    q, key = (_value(x) for x in (chain[0].call["q"], chain[0].call["depth_k"][0]))
+    q, key = (traced.value(x) for x in (chain[0].call["q"], chain[0].call["depth_k"][0]))
     return int(q.shape[1] // key.shape[1])
 
 
@@ -287,7 +287,7 @@ def _begun(
     if together is None or not _in_order([*missing.values()]):
         return None
     both = set().union(*gather.readers.values()) & set().union(*ran.values())
-    q = _value(chain[0].call["q"])
+    q = traced.value(chain[0].call["q"])
     what = {"dtype": q.dtype, "head_dim": int(q.shape[3]), "group": _group(chain)}
     if not kernels.gathers_ahead(**what, readers=len(both), slots=len(following.slots)):
         return None
@@ -311,11 +311,12 @@ def _leave_slots_out(graph: Graph, reader: _Reader) -> Node:
     """Put the operator without an accumulator in the reader's place; its delta."""
     target = _QUERY_BACKWARD[reader.node.args[0]]  # type: ignore[index]
     with graph.inserting_before(reader.node):
-        made = _call(graph, target, tuple(reader.call.values()), reader.node)
+        made = traced.call(graph, target, *reader.call.values(), like=reader.node)
         for user in list(reader.node.users):
             if user is not reader.after:
                 user.replace_input_with(reader.node, made)
-        return _call(graph, operator.getitem, (made, len(_value(made)) - 1), reader.node)
+        last = len(traced.value(made)) - 1
+        return traced.call(graph, operator.getitem, made, last, like=reader.node)
 
 
 def _gather(
@@ -340,7 +341,7 @@ def _gather(
     casts = {x.args[1] if x.target is _CAST else None for x in taken}
     # Rounded once, when written, where all that was done with the rows is to round them.
     rounded = len(casts) == 1 and casts != {None}
-    dtype = next(iter(casts)) if rounded else _value(sites[0].node).dtype
+    dtype = next(iter(casts)) if rounded else traced.value(sites[0].node).dtype
     like = sites[0].node
     results = {site: list(site.node.users) if rounded else [site.node] for site in sites}
     starts: dict[tuple[int, int], Node] = {}
@@ -365,17 +366,20 @@ def _gather(
         len(planned.begun),
     )
     with graph.inserting_before(like):
-        made = _call(graph, _own.depth_gather.default, arguments, like)
-        gradients = _call(graph, operator.getitem, (made, 0), like)
+        made = traced.call(graph, _own.depth_gather.default, *arguments, like=like)
+        gradients = traced.call(graph, operator.getitem, made, 0, like=like)
         rows = {
-            slot: _call(graph, _aten.select.int, (gradients, 0, i), like)
+            slot: traced.call(graph, _aten.select.int, gradients, 0, i, like=like)
             for i, slot in enumerate(planned.slots)
         }
         for site in sites:
-            side = _call(graph, _aten.select.int, (rows[site.slot], 0, site.side), like)
+            row = rows[site.slot]
+            side = traced.call(graph, _aten.select.int, row, 0, site.side, like=like)
             for result in results[site]:
                 result.replace_all_uses_with(side)
-        return _call(graph, operator.getitem, (made, 1), like) if planned.begun else None
+        if not planned.begun:
+            return None
+        return traced.call(graph, operator.getitem, made, 1, like=like)
 
 
 def _only_addition(node: Node) -> tuple[Node, Node] | None:
@@ -386,24 +390,8 @@ def _only_addition(node: Node) -> tuple[Node, Node] | None:
     (other, *rest) = [x for x in user.args if x is not node]
     if rest or not isinstance(other, Node):
         return None
-    ours, theirs = _value(node), _value(other)
+    ours, theirs = traced.value(node), traced.value(other)
     if not isinstance(theirs, torch.Tensor):
         return None
     alike = (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
     return (user, other) if alike else None
-
-
-def _call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node) -> Node:
-    """A new node, with its fake value, and what else the partitioner may ask of it, as of like."""
-    node = graph.call_function(target, args)
-    fakes = torch.fx.node.map_arg(args, _value)
-    # Inductor keeps to the strides that an operator's tensors have here.
-    node.meta = {**like.meta, "eager_input_vals": (fakes, {})}
-    first = _value(like)
-    with (first[0] if isinstance(first, (tuple, list)) else first).fake_mode:
-        node.meta["val"] = target(*fakes)
-    return node
-
-
-def _value(node: Node) -> Any:
-    return node.meta["val"]

@@ -25,7 +25,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moda_compile import gathered, launches, registration  # noqa: F401  (register operators)
+from moda_compile import gathered, launches, registration, traced  # noqa: F401  (operators)
 
 _own = torch.ops.moda_compile
 _aten = torch.ops.aten
@@ -100,7 +100,7 @@ def _is_own(kernel: Any) -> bool:
 
 def _plain(node: Node) -> bool:
     """On a GPU, and of numbers: of symbolic sizes a trace would decide what others decide anew."""
-    x = _value(node)
+    x = traced.value(node)
     numbers = (*x.shape, *x.stride(), x.storage_offset())
     return x.device.type == "cuda" and all(type(n) is int for n in numbers)
 
@@ -166,16 +166,16 @@ def _call_by_name(node: Node) -> dict[str, Any]:
     found = {x.name: x.default_value for x in schema if x.has_default_value()}
     found |= {x.name: given for x, given in zip(schema, node.args, strict=False)}
     found |= node.kwargs
-    return {name: torch.fx.node.map_arg(x, _value) for name, x in found.items()}
+    return {name: traced.values(x) for name, x in found.items()}
 
 
 def _replace(graph: Graph, node: Node) -> bool:
     """Put the operator's body in its place; False, and nothing changed, if it isn't the same."""
     body = _traced(node)
-    expected = _value(node)
+    expected = traced.value(node)
     single = isinstance(expected, Tensor)
     forms = [_form(x) for x in ([expected] if single else expected)]
-    if [_form(_value(x)) for x in _outputs(body)] != forms:
+    if [_form(traced.value(x)) for x in _outputs(body)] != forms:
         return False
     if any(x.op == "get_attr" for x in body.nodes) or not _record(body):
         return False
@@ -206,9 +206,9 @@ def _traced(node: Node) -> Graph:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         return registration.function(node.target)(*args, **kwargs)
 
-    with _value(inputs[0]).fake_mode:
-        traced = make_fx(call, decomposition_table=select_decomp_table())
-        return traced(*map(_value, inputs)).graph
+    with traced.value(inputs[0]).fake_mode:
+        trace = make_fx(call, decomposition_table=select_decomp_table())
+        return trace(*map(traced.value, inputs)).graph
 
 
 def _outputs(body: Graph) -> list[Node]:
@@ -233,10 +233,10 @@ def _record(body: Graph) -> bool:
         given = [*dict.fromkeys(x for name, x in tensors.items() if name not in written)]
         results = {x: [y for y in x.users if y is not launch] for x in written.values()}
         with body.inserting_before(launch):
-            made = _call(body, _LAUNCH, given, _text(launch, arguments, given, results))
+            made = traced.call(body, _LAUNCH, given, _text(launch, arguments, given, results))
             returned = [x for x, users in results.items() if users]
             for i, x in enumerate(returned):
-                result = _call(body, operator.getitem, made, i)
+                result = traced.call(body, operator.getitem, made, i)
                 for user in results[x]:
                     user.replace_input_with(x, result)
         body.erase_node(launch)
@@ -260,12 +260,12 @@ def _text(
         kernel.fn,
         grid=programs,
         arguments={name: numbers[x] if isinstance(x, Node) else x for name, x in arguments.items()},
-        given=[_value(x).dtype for x in given],
+        given=[traced.value(x).dtype for x in given],
         made=[
             recorded.Made(
-                shape=tuple(_value(x).shape),
-                stride=_value(x).stride(),
-                dtype=_value(x).dtype,
+                shape=tuple(traced.value(x).shape),
+                stride=traced.value(x).stride(),
+                dtype=traced.value(x).dtype,
                 returned=bool(users),
             )
             for x, users in results.items()
@@ -298,7 +298,7 @@ def _chain(node: Node) -> list[Node]:
 
 def _is_view(node: Node) -> bool:
     if node.target is _aten.reshape.default:
-        return bool(_value(node.all_input_nodes[0]).is_contiguous())
+        return bool(traced.value(node.all_input_nodes[0]).is_contiguous())
     return node.target in _VIEWS
 
 
@@ -315,7 +315,7 @@ def _give_addresses(launch: Node) -> None:
     ]
     launch.args = (bases, text)
     # Inductor keeps to their strides.
-    launch.meta["eager_input_vals"] = torch.fx.node.map_arg(launch.args, _value), {}
+    launch.meta["eager_input_vals"] = traced.values(launch.args), {}
 
 
 def _keep_sums(graph: Graph, node: Node) -> None:
@@ -329,15 +329,15 @@ def _keep_sums(graph: Graph, node: Node) -> None:
     for total in dict.fromkeys(x for side in sides for x in side.users):
         if total.target is not _aten.add.Tensor or total.kwargs:
             continue
-        value, parts = _value(total), total.all_input_nodes
-        alike = len(parts) == 2 and all(_value(x).shape == value.shape for x in parts)
+        value, parts = traced.value(total), total.all_input_nodes
+        alike = len(parts) == 2 and all(traced.value(x).shape == value.shape for x in parts)
         if not alike or not value.transpose(1, 2).is_contiguous():
             continue
         with graph.inserting_before(total):
-            turned = [_call(graph, _aten.permute.default, x, [0, 2, 1, 3]) for x in parts]
-            made = _call(graph, _aten.add.Tensor, *turned)
+            turned = [traced.call(graph, _aten.permute.default, x, [0, 2, 1, 3]) for x in parts]
+            made = traced.call(graph, _aten.add.Tensor, *turned)
             form = list(value.shape), list(value.stride()), 0
-            kept = _call(graph, _aten.as_strided.default, made, *form)
+            kept = traced.call(graph, _aten.as_strided.default, made, *form)
         total.replace_all_uses_with(kept)
         graph.erase_node(total)
 
@@ -357,7 +357,7 @@ def _compile_ahead(graph: Graph) -> None:
     from moda_compile.kernels import recorded
 
     for tensors, text in (launch.args for launch in _launches(graph)):
-        device = _value(cast(list[Node], tensors)[0]).device
+        device = traced.value(cast(list[Node], tensors)[0]).device
         recorded.compile_ahead(cast(str, text), device.index or 0)
 
 
@@ -365,31 +365,18 @@ def _keep(graph: Graph, node: Node) -> None:
     """Have the node's users read one tensor, if it is none yet."""
     if node.op != "call_function" or node.target in _MADE:
         return
-    value = _value(node)
+    value = traced.value(node)
     if value.storage_offset() or not value.is_contiguous():
         return
     with graph.inserting_after(node):
         form = list(value.shape), list(value.stride()), 0
-        kept = _call(graph, _aten.as_strided.default, node, *form)
+        kept = traced.call(graph, _aten.as_strided.default, node, *form)
     node.replace_all_uses_with(kept, lambda user: user is not kept)
 
 
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    node = graph.call_function(target, args)
-    fakes = torch.fx.node.map_arg(args, _value)
-    first = fakes[0][0] if isinstance(fakes[0], list) else fakes[0]
-    with first.fake_mode:
-        node.meta["val"] = target(*fakes)
-    return node
-
-
 def _offset(node: Node) -> int:
-    return int(_value(node).storage_offset())
+    return int(traced.value(node).storage_offset())
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:
     return tuple(x.shape), x.stride(), x.dtype, x.device
-
-
-def _value(node: Node) -> Any:
-    return node.meta["val"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from moda_compile import ops, visible  # noqa: F401  (register the operators)
+from moda_compile import ops, traced, visible  # noqa: F401  (register the operators)
 
 _ATTENTION = torch.ops.moda_compile.depth_attention.default
 _LOOK = torch.ops.moda_compile.visible_keys.default
@@ -26,18 +26,16 @@ def run(graph: Graph) -> None:
         q, k, _, _, _, _, _, mask, seen = (*node.args, None, None)[:9]
         if not isinstance(mask, Node) or seen is not None or node.kwargs:
             continue
-        rows = _rows(_value(q), _value(k), _value(mask))
+        rows = _rows(*traced.values((q, k, mask)))
         if rows is None:
             continue
         key = (mask, *rows)
         if key not in looks:
             with graph.inserting_before(node):
-                look = looks[key] = graph.call_function(_LOOK, key)
-            with _value(mask).fake_mode:
-                look.meta["val"] = _LOOK(_value(mask), *rows)
+                looks[key] = traced.call(graph, _LOOK, *key)
         node.args = (*node.args[:8], looks[key])
         if "eager_input_vals" in node.meta:  # what Inductor keeps to the strides of
-            node.meta["eager_input_vals"] = torch.fx.node.map_arg(node.args, _value), {}
+            node.meta["eager_input_vals"] = traced.values(node.args), {}
     if looks:
         graph.lint()
 
@@ -53,7 +51,3 @@ def _rows(q: Tensor, k: Tensor, mask: Tensor) -> tuple[int, int] | None:
         return None
     rows = kernel.distinct_rows(mask, q.shape[1] // k.shape[1], queries)
     return rows if rows is not None and all(type(n) is int for n in rows) else None
-
-
-def _value(node: Node) -> Any:
-    return node.meta["val"]
