@@ -2,8 +2,10 @@
 
 Triton's launcher takes each of a kernel's arguments from Python anew: of a kernel with 150 to 280
 arguments that takes the host 45 us, and once for each signature it compiles a C module. Here the
-arguments lie in memory as the driver reads them (cuLaunchKernel's kernelParams: an array of the
-addresses of the arguments), and a call writes the tensors' addresses over those of the last.
+arguments lie in memory as the driver reads them (cuLaunchKernelEx's kernelParams: an array of the
+addresses of the arguments), and a call writes the tensors' addresses over those of the last. In a
+training step the host's caches hold little of what a call needs, so that each thing that is looked
+at, and each function that is called on the way, costs a microsecond.
 
 Triton's hooks around launches are not called; profilers of the driver see these launches.
 """
@@ -82,8 +84,21 @@ class Arguments:
         start = ctypes.addressof(self._cells)
         self.pointers = (ctypes.c_void_p * len(places))(*(start + place for place in places))
         self.write: Callable[..., None] = functools.partial(
-            struct.pack_into, f"{tensors}Q", self._cells, 0
+            struct.Struct(f"{tensors}Q").pack_into, self._cells, 0
         )
+
+
+class _Config(ctypes.Structure):
+    """How a kernel is launched, as the driver reads it: CUDA's CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
+        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
 
 
 def launcher(
@@ -103,18 +118,26 @@ def launcher(
     function = _loaded(binary, device)
     if function is None or not _fits(cuda, function, arguments.sizes):
         return None
-    launch, pointers, write = cuda.cuLaunchKernel, arguments.pointers, arguments.write
     shape = (grid, 1, 1, _WARP * binary.warps, 1, 1, binary.shared)
+    config, write = _Config(*shape), arguments.write
+    launch = functools.partial(
+        cuda.cuLaunchKernelEx,
+        ctypes.byref(config),
+        ctypes.c_void_p(function),
+        arguments.pointers,
+        None,
+    )
     stream_of = torch._C._cuda_getCurrentRawStream
     lock = threading.Lock()  # threads share what is written to
 
     def call(addresses: Sequence[int]) -> None:
         with lock:
             write(*addresses)
-            status = launch(function, *shape, stream_of(device), pointers, None)
+            config.stream = stream_of(device)
+            status = launch()
             if status == _INVALID_CONTEXT:  # this thread's first use of the GPU
                 torch.cuda.set_device(device)
-                status = launch(function, *shape, stream_of(device), pointers, None)
+                status = launch()
         if status:
             raise RuntimeError(f"{binary.name}: CUDA's driver refused the launch, error {status}.")
 
@@ -127,8 +150,7 @@ def _library() -> Any:
         return None
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
-        number, address = ctypes.c_uint, ctypes.c_void_p
-        cuda.cuLaunchKernel.argtypes = [address, *[number] * 7, address, address, address]
+        address = ctypes.c_void_p
         size = ctypes.POINTER(ctypes.c_size_t)
         cuda.cuFuncGetParamInfo.argtypes = [address, ctypes.c_size_t, size, size]
     except (OSError, AttributeError):  # no driver, or one before CUDA 12.4

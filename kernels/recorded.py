@@ -16,6 +16,7 @@ import importlib
 import itertools
 import json
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -108,9 +109,9 @@ def run(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
     if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return run(tensors, text)
-    prepared = _prepared.get((text, device))
+    prepared = _prepared[device].get(text)
     if prepared is None:
-        prepared = _prepared[text, device] = _prepare(text, tensors[0].device)
+        prepared = _prepared[device][text] = _prepare(text, tensors[0].device)
     made = [prepared.empty(*form) for form in prepared.made]
     prepared.launch([*map(_address, tensors), *map(_address, made)])
     return [made[i] for i in prepared.returned]
@@ -168,7 +169,7 @@ class _Prepared:
 
 
 _Key = tuple[str, int]  # what a compiled kernel depends on; number of the GPU
-_prepared: dict[tuple[str, int], _Prepared] = {}
+_prepared: defaultdict[int, dict[str, _Prepared]] = defaultdict(dict)  # by GPU's number and text
 _waiting: dict[_Key, str] = {}  # what is to be compiled elsewhere, and
 _ahead: dict[_Key, Future[Any]] = {}  # what is being compiled elsewhere
 _binaries: dict[_Key, Binary] = {}

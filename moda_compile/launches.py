@@ -7,7 +7,8 @@ knows what it reads and makes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -21,9 +22,14 @@ def launch(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
     Args:
         tensors: what it is given. text: the rest, of `kernels.recorded.record`.
     """
+    return _run()(tensors, text)
+
+
+@functools.cache  # a call in a step of few tokens is not to look a module up
+def _run() -> Callable[[Sequence[Tensor], str], list[Tensor]]:
     from moda_compile.kernels import recorded
 
-    return recorded.run(tensors, text)
+    return recorded.run
 
 
 @registration.fake("launch")

@@ -59,10 +59,11 @@ class Cuda:
         size._obj.value = self.sizes[i]
         return 0
 
-    def cuLaunchKernel(self, function: int, *rest: Any) -> int:  # noqa: N802
-        *shape, stream, pointers, extra = rest
-        assert extra is None
-        self.launches.append((function, *shape, stream, read(pointers)))
+    def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: None) -> int:  # noqa: N802
+        words = struct.unpack("7I4xQQI4x", ctypes.string_at(ctypes.addressof(config._obj), 56))
+        *shape, stream, attributes, count = words
+        assert (attributes, count, extra) == (0, 0, None)
+        self.launches.append((function.value, *shape, stream, read(pointers)))
         assert [ctypes.string_at(pointers[len(SIZES) + i], 8) for i in range(2)] == [bytes(8)] * 2
         return self.statuses.pop(0) if self.statuses else 0
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -78,7 +79,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: H100))
     monkeypatch.setattr(triton.runtime, "driver", driver)
     monkeypatch.setattr(recorded, "_compile", compile_)
-    monkeypatch.setattr(recorded, "_prepared", {})
+    monkeypatch.setattr(recorded, "_prepared", defaultdict(dict))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     yield seen
     assert len(compiled) == 1
