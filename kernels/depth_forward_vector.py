@@ -16,7 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moda_compile.kernels.tiles import load_slots, program_rows, row_cells, row_offsets, write_table
+from moda_compile.kernels.tiles import (
+    load_once,
+    load_slots,
+    program_rows,
+    row_cells,
+    row_offsets,
+    write_table,
+)
 
 
 # Each layer has another number of slots, and all launch the same kernel.
@@ -116,9 +123,9 @@ def depth_forward_vector_kernel(
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member
         cells = row_cells(query, batch, head, token, dim, query_strides, ALIGN)
-        q += (tl.load(cells, mask=live, other=0.0).to(tl.float32) * factor,)
+        q += (load_once(cells, live).to(tl.float32) * factor,)
         cells = row_cells(sequence_out, batch, head, token, dim, sequence_strides, ALIGN)
-        total += (tl.load(cells, mask=live, other=0.0).to(tl.float32),)
+        total += (load_once(cells, live).to(tl.float32),)
         entries = sequence_lse + row_offsets(batch, head, token, sequence_lse_strides)
         maximum += (tl.load(entries, mask=row_live, other=0.0) * LOG2E,)
         weight += (tl.full([ROWS], 1.0, tl.float32),)

@@ -57,3 +57,8 @@ def resources(made: Any, folder: Path) -> dict[str, int]:
     command = [str(tool), "--dump-resource-usage", str(file)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+
+
+def accesses_of(made: Any, access: str) -> int:
+    """How many accesses of this kind, such as ld.global.v4.b32, there are, of any cache policy."""
+    return re.sub(r"\.L[12]::\w+", "", made.asm["ptx"]).count(access)
