@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch._inductor
 from torch.fx import Graph, GraphModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from moda_compile import fx, pipeline
@@ -182,12 +183,15 @@ def _why_partial(gm: GraphModule, count: int) -> str | None:
     return _DDP if _split_by_ddp() else None
 
 
-def _split_by_ddp() -> bool:
-    from torch.nn.parallel import DistributedDataParallel
+def in_ddp() -> bool:
+    """Whether a DistributedDataParallel around a model is running it."""
+    if not torch.distributed.is_available():
+        return False
+    return DistributedDataParallel._get_active_ddp_module() is not None
 
-    splits = torch._dynamo.config.optimize_ddp in (True, "ddp_optimizer")
-    distributed = torch.distributed.is_available()
-    return bool(splits and distributed and DistributedDataParallel._get_active_ddp_module())
+
+def _split_by_ddp() -> bool:
+    return torch._dynamo.config.optimize_ddp in (True, "ddp_optimizer") and in_ddp()
 
 
 def _checkpoint_eagerly(gm: GraphModule) -> None:

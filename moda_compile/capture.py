@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_map
 
 from moda_compile import fx
 from moda_compile.errors import RewriteError
-from moda_compile.markers import Hold, Marker, remove_hooks
+from moda_compile.markers import Hold, marked, remove_hooks
 
 _numbers = itertools.count()
 
 
-def entry(forward: Callable[..., Any], marker: Marker | None = None) -> Callable[..., Any]:
+def entry(forward: Callable[..., Any], spec: str | None = None) -> Callable[..., Any]:
     """A function ``(self, *args, **kwargs)`` for torch.compile, with a code object of its own.
 
     Dynamo keeps its cache, and counts its recompile limit, per code object; models of one class
@@ -35,12 +35,12 @@ def entry(forward: Callable[..., Any], marker: Marker | None = None) -> Callable
 
     Args:
         forward: the model's forward, as a function that takes the model first.
-        marker: marks the model's own output, where an attention is in the model's own forward.
+        spec: with which the model's own output is marked, where an attention is in its own forward.
     """
 
     def moda_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
-        return output if marker is None else marker(self, args, output)
+        return output if spec is None else marked(output, spec)
 
     code: CodeType = moda_forward.__code__
     own = code.replace(co_name=f"{code.co_name}_{next(_numbers)}")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import Node
 
-from moda_compile import capture, fx, pipeline
-from moda_compile.backend import Compilation, Compiler
+from moda_compile import capture, fx, markers, pipeline
+from moda_compile.backend import Compilation, Compiler, in_ddp
 from moda_compile.config import MoDAConfig
 from moda_compile.errors import InputError, MoDAError, NotRewrittenError, RewriteError
 from moda_compile.markers import (
@@ -20,7 +20,6 @@ from moda_compile.markers import (
     KEY_WEIGHT,
     VALUE_WEIGHT,
     Hold,
-    Marker,
     Saved,
     Spec,
     hook_state,
@@ -105,7 +104,7 @@ def convert(
     for path, module in model.named_modules():
         if _conversion(module) is not None:
             raise InputError(f"the submodule {path} is converted already; revert it first.")
-        if any(isinstance(hook, (Marker, Hold)) for hook in _hooks(module)):
+        if any(markers.is_marking(hook) or isinstance(hook, Hold) for hook in _hooks(module)):
             raise InputError(
                 f"{path or 'the model'} is part of another, converted model, which would lose its "
                 "guards when this one is reverted; revert that one first."
@@ -267,7 +266,7 @@ class _Conversion:
         self.compilation = compilation
         self.original = model.__dict__.get("forward")
         self.attentions: int | None = None  # unknown before the model has been looked at
-        self.root_marker: Marker | None = None
+        self.root_spec: str | None = None  # of the mark on the model's own output
         self.added: list[str] = []  # modules that gained parameters
         self._compiled: Callable[..., Any] | None = None
 
@@ -297,14 +296,17 @@ class _Conversion:
         if self.attentions is None:
             self._attach_late(args, kwargs)
         if self._compiled is None:
-            traced = capture.entry(_forward_of(self.model), self.root_marker)
+            traced = capture.entry(_forward_of(self.model), self.root_spec)
             self._compiled = self.compilation.compile(
                 traced, self.config, strict=self.strict, attentions=self.attentions
             )
         try:
-            # DDP around the model would have Dynamo split the stack into one graph per bucket.
-            with torch._dynamo.config.patch(optimize_ddp=False), capture.spelled_out():
-                return self._compiled(self.model, *args, **kwargs)
+            with capture.spelled_out():
+                if not in_ddp():
+                    return self._compiled(self.model, *args, **kwargs)
+                # DDP would have Dynamo split the stack into one graph per bucket.
+                with torch._dynamo.config.patch(optimize_ddp=False):
+                    return self._compiled(self.model, *args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, MoDAError):
                 raise failure.inner_exception from None
@@ -319,17 +321,19 @@ class _Conversion:
         for module, weights in parameters:
             for name, weight in weights.items():
                 module.register_parameter(name, weight)
-        for path, marker in marks.items():
+        for path, spec in marks.items():
             if path:
-                _module(self.model, path).register_forward_hook(marker)
+                markers.attach(_module(self.model, path), spec)
             else:
-                self.root_marker = marker
-        self.added = [path for path, marker in marks.items() if marker.spec.ffn]
+                self.root_spec = spec.to_json()
+        self.added = [path for path, spec in marks.items() if spec.ffn]
         self.attentions = len(plan.attentions)
 
     def detach(self) -> None:
         """Take markers and parameters out again."""
-        remove_hooks(self.model, Marker, Hold)
+        remove_hooks(self.model, Hold)
+        for module in self.model.modules():
+            markers.detach(module)
         for path in self.added:
             module = _module(self.model, path)
             del module._parameters[KEY_WEIGHT], module._parameters[VALUE_WEIGHT]
@@ -378,8 +382,8 @@ def _nothing_found(plan: Plan) -> RewriteError:
 
 def _additions(
     model: nn.Module, plan: Plan
-) -> tuple[list[tuple[nn.Module, dict[str, nn.Parameter]]], dict[str, Marker]]:
-    """New parameters by module, and markers by path; nothing is attached yet."""
+) -> tuple[list[tuple[nn.Module, dict[str, nn.Parameter]]], dict[str, Spec]]:
+    """New parameters by module, and marks by path; nothing is attached yet."""
     if not plan.slots:
         return [], {}  # the rewrite will change nothing, so nothing needs guarding
     writers = [s for s in plan.slots if s.ffn is not None and plan.config.ffn_kv == "projected"]
@@ -411,16 +415,15 @@ def _additions(
             KEY_WEIGHT: _new_weight(slot.key.width, width, like),
             VALUE_WEIGHT: _new_weight(slot.value.width, width, like),
         }
-    marks = {}
+    marks: dict[str, Spec] = {}
     for path in dict.fromkeys([*(fx.module_path(a.node) for a in plan.attentions), *paths]):
-        spec = Spec(
+        marks[path] = Spec(
             block=path or type(model).__name__,
             config=plan.config,
             attentions=len(plan.attentions),
             strict=plan.strict,
             ffn=path in parameters,
         )
-        marks[path] = Marker(spec)
     return [(_module(model, path), weights) for path, weights in parameters.items()], marks
 
 

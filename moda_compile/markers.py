@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -28,6 +28,7 @@ from moda_compile.config import MoDAConfig
 from moda_compile.errors import InputError, NotRewrittenError, RewriteError
 
 KEY_WEIGHT, VALUE_WEIGHT = "moda_key_weight", "moda_value_weight"
+_SPEC = "_moda_mark"  # attribute of a marked module: its Spec as JSON
 CONFIG_KEY = "moda_config"
 FORMAT = 1  # of that entry: another number is another set of fields, or another meaning of one
 _LONGEST = 1 << 16  # bytes of that entry: ours take about a hundred, and a file may say anything
@@ -95,31 +96,59 @@ def _mark_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
 mark.register_autograd(_mark_gradient, setup_context=_count_weights)
 
 
-class Marker:
-    """Forward hook that marks the first tensor of a module's output."""
+def attach(module: nn.Module, spec: Spec) -> None:
+    """Have the module mark its output.
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec, self.text = spec, spec.to_json()
+    Dynamo checks in every call all that it read of a hook. Of a function and a text it reads next
+    to nothing, and such a module counts as one that can be passed over while its attributes stay.
+    """
+    module.__dict__[_SPEC] = spec.to_json()
+    module.register_forward_hook(mark_ffn_output if spec.ffn else mark_output)
 
-    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
-        """Mark ``output``; structures are rebuilt around the marked tensor.
 
-        Raises:
-            RewriteError: if no tensor is found in it, for an unmarked block would be unguarded.
-        """
-        names = (KEY_WEIGHT, VALUE_WEIGHT) if self.spec.ffn else ()
-        weights = [getattr(module, name) for name in names]
-        marked, done = _mark_first(output, weights, self.text)
-        if not done:
-            raise RewriteError(
-                f"this module returns {type(output).__name__}, in which no tensor can be marked.",
-                fix="return a tensor, or a tuple, list or dict with one.",
-                block=self.spec.block,
-            )
-        return marked
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach`, if it was done."""
+    _remove(module, is_marking)
+    module.__dict__.pop(_SPEC, None)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Marker, (self.spec,)
+
+def is_marking(hook: object) -> bool:
+    """Whether a hook is one of those that :func:`attach` registers."""
+    return hook is mark_output or hook is mark_ffn_output
+
+
+def mark_output(module: nn.Module, _args: Any, output: Any) -> Any:
+    """Forward hook that marks the first tensor of a module's output.
+
+    Raises:
+        RewriteError: if no tensor is found in it, for an unmarked block would be unguarded.
+    """
+    return marked(output, getattr(module, _SPEC))
+
+
+def mark_ffn_output(module: nn.Module, _args: Any, output: Any) -> Any:
+    """As :func:`mark_output`, of an FFN that has projection weights."""
+    weights = [getattr(module, KEY_WEIGHT), getattr(module, VALUE_WEIGHT)]
+    return marked(output, getattr(module, _SPEC), weights)
+
+
+def marked(output: Any, spec: str, weights: Sequence[Tensor] = ()) -> Any:
+    """``output`` with its first tensor marked; structures are rebuilt around that.
+
+    Args:
+        output: of a block. spec: of :meth:`Spec.to_json`. weights: that the mark carries.
+
+    Raises:
+        RewriteError: if there is no tensor in it.
+    """
+    found, done = _mark_first(output, list(weights), spec)
+    if not done:
+        raise RewriteError(
+            f"this module returns {type(output).__name__}, in which no tensor can be marked.",
+            fix="return a tensor, or a tuple, list or dict with one.",
+            block=Spec.from_json(spec).block,
+        )
+    return found
 
 
 class Hold:
@@ -238,15 +267,18 @@ def unhook_state(model: nn.Module) -> None:
 def remove_hooks(model: nn.Module, *kinds: type) -> None:
     """Remove hooks of these kinds from all modules of ``model``."""
     for module in model.modules():
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._state_dict_hooks,
-            module._load_state_dict_pre_hooks,  # torch wraps these, and calls what it wraps `hook`
-        ):
-            found = [k for k, h in hooks.items() if isinstance(getattr(h, "hook", h), kinds)]
-            for key in found:
-                del hooks[key]
+        _remove(module, lambda hook: isinstance(hook, kinds))
+
+
+def _remove(module: nn.Module, is_meant: Callable[[object], bool]) -> None:
+    for hooks in (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,  # torch wraps these, and calls what it wraps `hook`
+    ):
+        for key in [k for k, h in hooks.items() if is_meant(getattr(h, "hook", h))]:
+            del hooks[key]
 
 
 def _expect_fields(name: str, got: object, expected: Iterable[str]) -> None:
