@@ -386,8 +386,13 @@ def _additions(
     """New parameters by module, and marks by path; nothing is attached yet."""
     if not plan.slots:
         return [], {}  # the rewrite will change nothing, so nothing needs guarding
+    names: dict[nn.Module, str] = {}  # a module that has several names goes by the first
+
+    def name_of(path: str) -> str:
+        return names.setdefault(_module(model, path), path)
+
     writers = [s for s in plan.slots if s.ffn is not None and plan.config.ffn_kv == "projected"]
-    paths = [slot.ffn.path for slot in writers if slot.ffn is not None]
+    paths = [name_of(slot.ffn.path) for slot in writers if slot.ffn is not None]
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     first: dict[str, Node] = {}
     for slot, path in zip(writers, paths, strict=True):
@@ -416,7 +421,8 @@ def _additions(
             VALUE_WEIGHT: _new_weight(slot.value.width, width, like),
         }
     marks: dict[str, Spec] = {}
-    for path in dict.fromkeys([*(fx.module_path(a.node) for a in plan.attentions), *paths]):
+    attentions = [name_of(fx.module_path(a.node)) for a in plan.attentions]
+    for path in dict.fromkeys([*attentions, *paths]):
         marks[path] = Spec(
             block=path or type(model).__name__,
             config=plan.config,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import moda_compile
 from moda_compile import MoDAConfig
-from tests.models.cases import IDS, PROJECTED, convert, deep
+from tests.models.cases import IDS, PROJECTED, TIGHT, convert, deep
 
 guards = pytest.importorskip("torch._dynamo.guards")
 
@@ -41,3 +43,25 @@ def test_dynamo_passes_over_marked_modules(
     for kind in ("attention", "ffn"):
         safe = [safe for source, safe in found.items() if source.endswith(f"['{kind}']")]
         assert safe == [True] * 3
+
+
+@pytest.mark.parametrize("mode", ["none", "projected"])
+def test_a_module_of_several_names_is_marked_once(mode: Any) -> None:
+    config = MoDAConfig(ffn_kv=mode)
+    tied, untied = deep(), deep()
+    untied.blocks = nn.ModuleList(copy.deepcopy(tied.blocks[0]) for _ in range(3))
+    tied.blocks = nn.ModuleList([tied.blocks[0]] * 3)
+    names = set(vars(tied.blocks[0].attention))
+    convert(tied, config)
+    convert(untied, config)
+    for layer in range(2 if mode == "projected" else 0):
+        own, other = tied.blocks[0].ffn, untied.blocks[layer].ffn
+        other.moda_key_weight.data = own.moda_key_weight.data
+        other.moda_value_weight.data = own.moda_value_weight.data
+    torch.testing.assert_close(tied(IDS), untied(IDS), **TIGHT)
+    assert [len(m._forward_hooks) for m in tied.modules() if m._forward_hooks] == [1] * (
+        2 if mode == "projected" else 1
+    )
+    moda_compile.revert(tied)
+    assert not any(m._forward_hooks for m in tied.modules())
+    assert set(vars(tied.blocks[0].attention)) == names
