@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -301,12 +302,11 @@ class _Conversion:
                 traced, self.config, strict=self.strict, attentions=self.attentions
             )
         try:
-            with capture.spelled_out():
-                if not in_ddp():
-                    return self._compiled(self.model, *args, **kwargs)
-                # DDP would have Dynamo split the stack into one graph per bucket.
-                with torch._dynamo.config.patch(optimize_ddp=False):
-                    return self._compiled(self.model, *args, **kwargs)
+            # DDP around the model would have Dynamo split the stack into one graph per bucket.
+            # Elsewhere the option is let alone, for setting it takes as long as two launches.
+            unsplit = torch._dynamo.config.patch(optimize_ddp=False) if in_ddp() else nullcontext()
+            with unsplit, capture.spelled_out():
+                return self._compiled(self.model, *args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, MoDAError):
                 raise failure.inner_exception from None
