@@ -103,7 +103,7 @@ class _Config(ctypes.Structure):
 
 def launcher(
     binary: Binary, arguments: Arguments, *, grid: int, device: int
-) -> Callable[[Sequence[int]], None] | None:
+) -> Callable[..., None] | None:
     """A function of the tensors' addresses that launches the kernel; None where only Triton can.
 
     Args:
@@ -114,7 +114,7 @@ def launcher(
     if cuda is None or not binary.plain:
         return None
     if grid == 0:  # which the driver refuses
-        return lambda addresses: None
+        return lambda *addresses: None
     function = _loaded(binary, device)
     if function is None or not _fits(cuda, function, arguments.sizes):
         return None
@@ -130,7 +130,7 @@ def launcher(
     stream_of = torch._C._cuda_getCurrentRawStream
     lock = threading.Lock()  # threads share what is written to
 
-    def call(addresses: Sequence[int]) -> None:
+    def call(*addresses: int) -> None:
         with lock:
             write(*addresses)
             config.stream = stream_of(device)

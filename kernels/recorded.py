@@ -108,13 +108,17 @@ def run(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
     device = tensors[0].get_device()
     if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return run(tensors, text)
+            return run_here(tensors, text)
+    return run_here(tensors, text)
+
+
+def run_here(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
+    """:func:`run`, of tensors on the current GPU, as in all code that Inductor writes."""
+    device = tensors[0].get_device()
     prepared = _prepared[device].get(text)
     if prepared is None:
         prepared = _prepared[device][text] = _prepare(text, tensors[0].device)
-    made = [prepared.empty(*form) for form in prepared.made]
-    prepared.launch([*map(_address, tensors), *map(_address, made)])
-    return [made[i] for i in prepared.returned]
+    return prepared(tensors)
 
 
 def start_processes() -> None:
@@ -154,21 +158,8 @@ def compile_ahead(text: str, device: int) -> None:
         return
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """What a launch of one text on one device needs.
-
-    launch: of the addresses of its tensors, given ones first. empty: makes a tensor of a shape,
-    strides and a dtype; made: these of the ones to make; returned: which of them are results.
-    """
-
-    launch: Callable[[list[int]], None]
-    empty: Callable[..., Tensor]
-    made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
-    returned: list[int]
-
-
 _Key = tuple[str, int]  # what a compiled kernel depends on; number of the GPU
+_Prepared = Callable[[Sequence[Tensor]], list[Tensor]]  # `run`, of one text on one GPU
 _prepared: defaultdict[int, dict[str, _Prepared]] = defaultdict(dict)  # by GPU's number and text
 _waiting: dict[_Key, str] = {}  # what is to be compiled elsewhere, and
 _ahead: dict[_Key, Future[Any]] = {}  # what is being compiled elsewhere
@@ -220,17 +211,20 @@ def _read(text: str) -> _Launch:
 def _prepare(text: str, device: torch.device) -> _Prepared:
     read, number = _read(text), device.index or 0
     found = _elsewhere((read.source_key, number))
-    return _Prepared(
-        launch=_by_driver(read, number, found) or _by_triton(read, number),
-        empty=_fast_empty if device.type == "cuda" and _fast_empty else _empty_on(device),
-        made=[(x.shape, x.stride, x.dtype) for x in read.made],
-        returned=[i for i, x in enumerate(read.made) if x.returned],
-    )
+    launch = _by_driver(read, number, found) or _by_triton(read, number)
+    empty = _fast_empty if device.type == "cuda" and _fast_empty else _empty_on(device)
+    forms = [(x.shape, x.stride, x.dtype) for x in read.made]
+    returned = [i for i, x in enumerate(read.made) if x.returned]
+
+    def call(tensors: Sequence[Tensor]) -> list[Tensor]:
+        made = [empty(*form) for form in forms]
+        launch(*map(_address, tensors), *map(_address, made))
+        return [made[i] for i in returned]
+
+    return call
 
 
-def _by_driver(
-    read: _Launch, device: int, found: Binary | None
-) -> Callable[[list[int]], None] | None:
+def _by_driver(read: _Launch, device: int, found: Binary | None) -> Callable[..., None] | None:
     """found: the kernel, where it is compiled already."""
     if not torch.cuda.is_available():
         return None
@@ -264,7 +258,7 @@ def _elsewhere(key: _Key) -> Binary | None:
     return found
 
 
-def _by_triton(read: _Launch, device: int) -> Callable[[list[int]], None]:
+def _by_triton(read: _Launch, device: int) -> Callable[..., None]:
     """Where CUDA's driver can't be called, and on other GPUs."""
     compiled = _compile(read, GPUTarget(*_target(device)), _folder(device))
     constants = [x for x in read.arguments if not isinstance(x, dict)]
@@ -272,7 +266,7 @@ def _by_triton(read: _Launch, device: int) -> Callable[[list[int]], None]:
     order = [x["tensor"] if isinstance(x, dict) else next(numbered) for x in read.arguments]
     arranged, launched = operator.itemgetter(*order), compiled[(read.grid, 1, 1)]
 
-    def call(addresses: list[int]) -> None:
+    def call(*addresses: int) -> None:
         launched(*arranged([*addresses, *constants]))
 
     return call

@@ -19,16 +19,12 @@ _library = torch.library.Library("moda_compile", "FRAGMENT")
 _functions: dict[Any, Callable[..., Any]] = {}
 
 
-def operator(
-    name: str, *, mutates: str | None = None, undispatched: bool = False
-) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, *, mutates: str | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: the function becomes ``torch.ops.moda_compile.<name>``, and that is returned.
 
     Args:
         name: of the operator. mutates: the argument, a tensor or None, that the function writes to;
             it must write to no other and return none of its arguments.
-        undispatched: calls whose first argument is a list of plain tensors go to the function at
-            once. For an operator that only Inductor's code calls.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -38,29 +34,10 @@ def operator(
         called = function if mutates is None else _counting(function, mutates)
         _library.impl(name, called, "CompositeExplicitAutograd")
         made = getattr(torch.ops.moda_compile, name)
-        if undispatched:
-            _go_past_the_dispatcher(made.default, function)
         _functions[made.default] = function
         return made
 
     return register
-
-
-def _go_past_the_dispatcher(operator: Any, function: Callable[..., Any]) -> None:
-    """Before the operator is first hashed, for which PyTorch takes what it calls.
-
-    The dispatcher makes each list of tensors anew in C++, and once more for Python: of 60 tensors,
-    half the time of a call.
-    """
-    dispatched = getattr(operator, "_op", None)
-    if dispatched is None:  # another PyTorch: it works, only slower
-        return
-
-    def call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = type(tensors[0]) is torch.Tensor and not torch._C._len_torch_dispatch_stack()
-        return (function if plain else dispatched)(tensors, *args, **kwargs)
-
-    operator._op = call
 
 
 def function(operator: Any) -> Callable[..., Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from moda_compile import registration
@@ -61,38 +59,3 @@ def test_compiled() -> None:
 
 def test_opcheck() -> None:
     opcheck(torch.ops.moda_compile.test_added.default, (torch.randn(3), torch.zeros(3), 1.5))
-
-
-seen: list[list[Tensor]] = []
-
-
-@registration.operator("test_listed", undispatched=True)
-def listed(tensors: list[Tensor], text: str) -> Tensor:
-    seen.append(tensors)
-    return tensors[0] + len(text)
-
-
-@registration.fake("test_listed")
-def _(tensors, text):  # type: ignore[no-untyped-def]
-    return torch.empty_like(tensors[0])
-
-
-def test_undispatched_calls_get_the_list_itself() -> None:
-    given = [torch.ones(3), torch.zeros(2)]
-    call = torch.ops.moda_compile.test_listed.default
-    for made in (call(given, "ab"), call(given, text="ab"), listed(given, "ab")):
-        assert torch.equal(made, torch.full((3,), 3.0))
-    assert seen.pop(0) is given
-    assert {call: 1}[torch.ops.moda_compile.test_listed.default] == 1
-
-
-def test_undispatched_leaves_what_is_not_plain_to_the_dispatcher() -> None:
-    call = torch.ops.moda_compile.test_listed.default
-    seen.clear()
-    with FakeTensorMode():
-        assert type(call([torch.ones(3)], "ab")) is not Tensor
-    graph = make_fx(lambda x: call([x], "ab"))(torch.ones(3)).graph
-    assert [x.target for x in graph.nodes if x.op == "call_function"] == [call]
-    compiled = torch.compile(lambda x: call([x * 2.0], "ab"), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 4.0))
-    assert all(type(x) is Tensor for tensors in seen for x in tensors)

@@ -25,7 +25,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moda_compile import gathered, launches, registration, traced  # noqa: F401  (operators)
+from moda_compile import gathered, launches, registration, traced  # noqa: F401  (gathered: operators)
 
 _own = torch.ops.moda_compile
 _aten = torch.ops.aten
@@ -42,13 +42,17 @@ _VIEWS = (
     _aten.select.int,
     _aten.slice.Tensor,
 )
-_MADE = (  # tensors, not expressions
-    operator.getitem,
-    _aten.as_strided.default,
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
+_SAME = (  # the same numbers in the same order, or permuted
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.reshape.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.t.default,
+    _aten.clone.default,
 )
+_PRODUCTS = _aten.mm.default, _aten.addmm.default, _aten.bmm.default
+_MADE = (operator.getitem, _aten.as_strided.default, *_PRODUCTS)  # tensors, not expressions
 _ALLOCATIONS = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_strided.default)
 
 
@@ -65,6 +69,8 @@ def run(graph: Graph) -> None:
                     _keep_sums(graph, node)
                 changed |= _replace(graph, node)
     if changed:
+        launches.teach_inductor()
+        _turn_parts(graph)
         _keep_operands(graph)
         _compile_ahead(graph)
         graph.lint()
@@ -319,7 +325,8 @@ def _give_addresses(launch: Node) -> None:
 
 
 def _keep_sums(graph: Graph, node: Node) -> None:
-    """Have sums with gathered gradients made once, token-major, as both their parts are.
+    """Have sums with gathered gradients made once, token-major, as both their parts are, where a
+    product reads them; what else reads them adds as it reads.
 
     Left alone, Inductor makes them head-major, or anew for each of their readers, and copies them
     for the product that reads them. `as_strided` is what it makes a tensor for.
@@ -327,7 +334,7 @@ def _keep_sums(graph: Graph, node: Node) -> None:
     gradients = [made for made in node.users if made.args[1] == 0]
     sides = [side for made in gradients for row in made.users for side in row.users]
     for total in dict.fromkeys(x for side in sides for x in side.users):
-        if total.target is not _aten.add.Tensor or total.kwargs:
+        if total.target is not _aten.add.Tensor or total.kwargs or not _multiplied(total):
             continue
         value, parts = traced.value(total), total.all_input_nodes
         alike = len(parts) == 2 and all(traced.value(x).shape == value.shape for x in parts)
@@ -340,6 +347,46 @@ def _keep_sums(graph: Graph, node: Node) -> None:
             kept = traced.call(graph, _aten.as_strided.default, made, *form)
         total.replace_all_uses_with(kept)
         graph.erase_node(total)
+
+
+def _multiplied(node: Node) -> bool:
+    """A product reads the tensor itself."""
+    return any(
+        user.target in _PRODUCTS or (user.target in _SAME and _multiplied(user))
+        for user in node.users
+    )
+
+
+def _turn_parts(graph: Graph) -> None:
+    """Have what is concatenated and then permuted be concatenated permuted.
+
+    So are gradients of rotated queries and keys, which products read token-major. Left alone,
+    Inductor makes some of them head-major, and a copy.
+    """
+    for cat in graph.find_nodes(op="call_function", target=_aten.cat.default):
+        order = _order(cat)
+        parts, dim = cast(list[Node], cat.args[0]), cast(int, (*cat.args, 0)[1])
+        if order is None or any(traced.value(x).dim() != len(order) for x in parts):
+            continue
+        with graph.inserting_before(cat):
+            turned = [traced.call(graph, _aten.permute.default, x, order) for x in parts]
+            made = traced.call(graph, _aten.cat.default, turned, order.index(dim % len(order)))
+        for user in list(cat.users):
+            user.replace_all_uses_with(made)
+            graph.erase_node(user)
+        graph.erase_node(cat)
+
+
+def _order(node: Node) -> list[int] | None:
+    """How all users of a tensor permute it; None if they don't, or not alike, or if a launch reads
+    what they make, which keeps its strides.
+    """
+    orders = set()
+    for user in node.users:
+        if user.target is not _aten.permute.default or any(x.target is _LAUNCH for x in user.users):
+            return None
+        orders.add(tuple(cast(list[int], user.args[1])))
+    return list(orders.pop()) if len(orders) == 1 else None
 
 
 def _keep_operands(graph: Graph) -> None:

@@ -202,7 +202,8 @@ def test_sums_that_one_gather_leaves_to_another() -> None:
         whole, _ = OPS.depth_gather(
             *readers, keys[1:], values[1:], [1, 2], 0.125, q.dtype, [], sums
         )
-        return made.select(0, 0).select(0, 0), whole.select(0, 0).select(0, 1) + grad
+        total = whole.select(0, 0).select(0, 1) + grad
+        return made.select(0, 0).select(0, 0), multiplied(total)
 
     with FakeTensorMode():
         numbers = [torch.empty(B, H, T, device="cuda") for _ in range(2)]
@@ -222,14 +223,24 @@ def test_sums_that_one_gather_leaves_to_another() -> None:
         ["gradients", "numbers_table", "rows_table"],
     ]
     # Sums with the gradients, not with the sums, are made token-major.
-    (_, total) = after.output_node().args[0]
-    assert total.target is ATEN.as_strided.default
+    (_, product) = after.output_node().args[0]
+    assert unfold._chain(product.args[0])[-1].target is ATEN.as_strided.default
+
+
+def multiplied(x: Tensor) -> Tensor:
+    """By a projection's weight, after the layout's steps back to [B * T, H * D]."""
+    rows = x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
+    return rows @ rows.t()
 
 
 def test_a_sum_with_a_gathered_gradient_is_made_token_major() -> None:
+    def call(*inputs: Tensor) -> Tensor:
+        return multiplied(whole_layer(*inputs)[-1])
+
     with FakeTensorMode():
-        _, after = unfolded(whole_layer, [tensor() for _ in range(8)])
-    (*_, total) = after.output_node().args[0]
+        _, after = unfolded(call, [tensor() for _ in range(8)])
+    product = after.output_node().args[0]
+    total = unfold._chain(product.args[0])[-1]
     assert total.target is ATEN.as_strided.default
     assert total.args[0].meta["val"].is_contiguous()
     assert total.meta["val"].shape == (B, H, T, D)
@@ -391,15 +402,41 @@ def test_a_sum_made_token_major_is_the_same_sum() -> None:
         made, _ = OPS.depth_gather(
             [grad], [q], [two[0]], [two[1]], [k, k], [v, v], [1, 1], 0.125, q.dtype, []
         )
-        return made[0, 0] + dk, dv + made[1, 1], made[0, 1], made[1, 0] + 1.0, made[1, 0] + q[:, :1]
+        sums = made[0, 0] + dk, dv + made[1, 1], made[0, 1], made[1, 0] + 1.0, made[1, 0] + q[:, :1]
+        rotated = made[0, 1] + dv  # as rotated keys' gradients: another kernel reads it anyway
+        return *map(multiplied, sums), rotated[..., :8] * 2.0
 
     gm = make_fx(call, tracing_mode="fake")(*rows, *numbers)
     (node,) = own(gm.graph)
     unfold._keep_sums(gm.graph, node)
     gm.graph.lint()
     gm.recompile()
-    kept = [x.target is ATEN.as_strided.default for x in gm.graph.output_node().args[0]]
+    products = gm.graph.find_nodes(op="call_function", target=ATEN.mm.default)
+    kept = [unfold._chain(x.args[0])[-1].target is ATEN.as_strided.default for x in products]
     assert kept == [True, True, False, False, False]
+    assert len(gm.graph.find_nodes(op="call_function", target=ATEN.as_strided.default)) == 2
     for x, y in zip(gm(*rows, *numbers), call(*rows, *numbers), strict=True):
         assert torch.equal(x, y)
         assert x.stride() == y.stride()
+
+
+@pytest.mark.parametrize("dim", [-1, 3, 1])
+def test_what_is_permuted_after_it_is_concatenated_is_concatenated_permuted(dim: int) -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randn(B, T, H, D).transpose(1, 2) for _ in range(2))
+
+    def call(x: Tensor, y: Tensor) -> list[Tensor]:
+        turned, also, kept = (torch.cat([x * n, y - n], dim) for n in (1.0, 2.0, 3.0))
+        rows = turned.transpose(1, 2)
+        return [rows.sin(), rows.cos(), also.permute(0, 2, 1, 3), kept.transpose(1, 2), kept + 1.0]
+
+    gm = make_fx(call, tracing_mode="fake", decomposition_table=unfold.select_decomp_table())(x, y)
+    unfold._turn_parts(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    cats = gm.graph.find_nodes(op="call_function", target=ATEN.cat.default)
+    shapes = sorted(tuple(c.meta["val"].shape) for c in cats)
+    whole = torch.cat([x, y], dim)
+    assert shapes == sorted([tuple(whole.shape), *[tuple(whole.transpose(1, 2).shape)] * 2])
+    for found, expected in zip(gm(x, y), call(x, y), strict=True):
+        assert torch.equal(found, expected)

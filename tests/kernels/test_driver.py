@@ -81,7 +81,7 @@ def test_a_call_writes_the_addresses(monkeypatch: pytest.MonkeyPatch, trailing: 
     cuda = Cuda([*SIZES, *[8] * trailing])
     call = launcher(monkeypatch, cuda)
     for first, second in ((1 << 47, 16), (32, 64)):
-        call([first, second])
+        call(first, second)
         shape = (77, 9, 1, 1, 128, 1, 1, 50 << 10, 501)
         assert cuda.launches.pop() == (*shape, [second, -7, first, 0.125, 1 << 40, second])
     assert cuda.attributes == [(8, 50 << 10)]  # more than 48 KiB has to be asked for
@@ -115,21 +115,21 @@ def test_of_no_programs_none_is_launched(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(driver, "_library", lambda: cuda)
     call = driver.launcher(BINARY, driver.Arguments(KINDS, VALUES, 2), grid=0, device=1)
     assert call is not None
-    call([8, 8])
+    call(8, 8)
     assert cuda.launches == []
 
 
 def test_a_refused_launch_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     call = launcher(monkeypatch, Cuda(SIZES, statuses=[700]))
     with pytest.raises(RuntimeError, match="kernel: CUDA's driver refused the launch, error 700"):
-        call([8, 8])
+        call(8, 8)
 
 
 def test_a_new_thread_gets_the_gpu_s_context(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     cuda = Cuda(SIZES, statuses=[201, 0])
-    launcher(monkeypatch, cuda)([8, 8])
+    launcher(monkeypatch, cuda)(8, 8)
     assert taken == [1]
     assert len(cuda.launches) == 2
 
