@@ -3,9 +3,8 @@
 Triton's launcher takes each of a kernel's arguments from Python anew: of a kernel with 150 to 280
 arguments that takes the host 45 us, and once for each signature it compiles a C module. Here the
 arguments lie in memory as the driver reads them (cuLaunchKernelEx's kernelParams: an array of the
-addresses of the arguments), and a call writes the tensors' addresses over those of the last. In a
-training step the host's caches hold little of what a call needs, so that each thing that is looked
-at, and each function that is called on the way, costs a microsecond.
+addresses of the arguments), and a call writes the tensors' addresses into a copy of them. One C
+module (launcher.c) does that for all kernels; Triton compiles it and keeps it, as it does its own.
 
 Triton's hooks around launches are not called; profilers of the driver see these launches.
 """
@@ -15,19 +14,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _WIDTHS = {"i32": "i", "i64": "q", "fp32": "f"}  # by what a signature calls them
 _CELL = 8  # bytes of each argument's place, the most that one takes
 _TRAILING = 2  # pointers that Triton appends to a kernel's arguments, null if it needs no scratch
 _WARP = 32
 _STATIC_SHARED = 48 << 10  # bytes of shared memory that a kernel may have without asking
-_INVALID_CONTEXT = 201
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -66,82 +65,81 @@ class Arguments:
         kinds: in order, "i32", "i64", "fp32", or a pointer's type, which begins with "*".
         values: in order, numbers; of a pointer which tensor's address it is.
         tensors: how many there are.
+
+    Attributes:
+        sizes: bytes of each argument. cells: 8 bytes for each tensor's address, each number, and a
+            null. places: the cells of the arguments, and of what Triton appends to them.
     """
 
     def __init__(self, kinds: Sequence[str], values: Sequence[Any], tensors: int) -> None:
         self.sizes = [_CELL if kind[0] == "*" else struct.calcsize(_WIDTHS[kind]) for kind in kinds]
-        cells = bytearray(_CELL * (tensors + len(kinds) + 1))  # the last one is null
+        self.cells = bytearray(_CELL * (tensors + len(kinds) + 1))
         places = []
         for i, (kind, value) in enumerate(zip(kinds, values, strict=True), tensors):
-            if kind[0] == "*":
-                places.append(_CELL * value)
-            else:
-                struct.pack_into(_WIDTHS[kind], cells, _CELL * i, value)
-                places.append(_CELL * i)
-        places += [len(cells) - _CELL] * _TRAILING
-        # The buffer belongs to the array, which has to stay as long as addresses in it are used.
-        self._cells = (ctypes.c_char * len(cells)).from_buffer(cells)
-        start = ctypes.addressof(self._cells)
-        self.pointers = (ctypes.c_void_p * len(places))(*(start + place for place in places))
-        self.write: Callable[..., None] = functools.partial(
-            struct.Struct(f"{tensors}Q").pack_into, self._cells, 0
-        )
+            if kind[0] != "*":
+                struct.pack_into(_WIDTHS[kind], self.cells, _CELL * i, value)
+            places.append(value if kind[0] == "*" else i)
+        self.places = (*places, *[len(self.cells) // _CELL - 1] * _TRAILING)
 
 
-class _Config(ctypes.Structure):
-    """How a kernel is launched, as the driver reads it: CUDA's CUlaunchConfig."""
-
-    _fields_ = (
-        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
-        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("attribute_count", ctypes.c_uint),
-    )
+Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype of a tensor."""
 
 
 def launcher(
-    binary: Binary, arguments: Arguments, *, grid: int, device: int
-) -> Callable[..., None] | None:
-    """A function of the tensors' addresses that launches the kernel; None where only Triton can.
+    binary: Binary,
+    arguments: Arguments,
+    *,
+    grid: int,
+    device: int,
+    made: Sequence[tuple[Form, bool]],
+    empty: Callable[..., Tensor],
+) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+    """A function of the given tensors that launches the kernel and returns its results, or None
+    where only Triton can.
 
     Args:
-        binary: the kernel. arguments: its own. grid: programs.
+        binary: the kernel. arguments: its own; tensors are the given ones, then those made.
+        grid: programs.
         device: number of the GPU, which is the current one here and when it is launched.
+        made: tensors that each launch makes, and whether they are results. empty: makes one.
     """
     cuda = _library()
     if cuda is None or not binary.plain:
         return None
-    if grid == 0:  # which the driver refuses
-        return lambda *addresses: None
-    function = _loaded(binary, device)
-    if function is None or not _fits(cuda, function, arguments.sizes):
+    function, module = _loaded(binary, device), _module()
+    if function is None or module is None or not _fits(cuda, function, arguments.sizes):
         return None
-    shape = (grid, 1, 1, _WARP * binary.warps, 1, 1, binary.shared)
-    config, write = _Config(*shape), arguments.write
-    launch = functools.partial(
-        cuda.cuLaunchKernelEx,
-        ctypes.byref(config),
-        ctypes.c_void_p(function),
-        arguments.pointers,
-        None,
+    call: Callable[[Sequence[Tensor]], list[Tensor]] = module.launcher(
+        ctypes.cast(cuda.cuLaunchKernelEx, ctypes.c_void_p).value,
+        function,
+        grid,
+        _WARP * binary.warps,
+        binary.shared,
+        arguments.cells,
+        arguments.places,
+        len(arguments.cells) // _CELL - 1 - len(arguments.sizes) - len(made),
+        binary.name,
+        device,
+        tuple(form for form, _ in made),
+        tuple(returned for _, returned in made),
+        empty,
+        torch._C._cuda_getCurrentRawStream,
+        torch.cuda.set_device,
     )
-    stream_of = torch._C._cuda_getCurrentRawStream
-    lock = threading.Lock()  # threads share what is written to
-
-    def call(*addresses: int) -> None:
-        with lock:
-            write(*addresses)
-            config.stream = stream_of(device)
-            status = launch()
-            if status == _INVALID_CONTEXT:  # this thread's first use of the GPU
-                torch.cuda.set_device(device)
-                status = launch()
-        if status:
-            raise RuntimeError(f"{binary.name}: CUDA's driver refused the launch, error {status}.")
-
     return call
+
+
+@functools.cache
+def _module() -> Any:
+    """launcher.c; None where Triton finds no compiler, or has no such function any more."""
+    source = (Path(__file__).parent / "launcher.c").read_text(encoding="utf-8")
+    try:
+        from triton.runtime.build import compile_module_from_src
+
+        return compile_module_from_src(source, "moda_compile_launcher")
+    except Exception:  # Triton's own business: it then launches by itself, or fails by itself
+        return None
 
 
 @functools.cache

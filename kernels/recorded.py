@@ -37,7 +37,6 @@ _POINTERS = {
 }  # fmt: skip
 _PATIENCE = 60.0  # seconds that another process may take longer than all else has
 _DIVISIBLE = [["tt.divisibility", launch.WIDEST_ACCESS]]
-_address = torch.Tensor.data_ptr
 # What Inductor's code makes its own tensors with, on the current device.
 _fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
@@ -50,6 +49,10 @@ class Made:
     stride: tuple[int, ...]
     dtype: torch.dtype
     returned: bool
+
+    @property
+    def form(self) -> driver.Form:
+        return self.shape, self.stride, self.dtype
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,9 @@ def record(
     )
 
 
-def results(text: str) -> list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
+def results(text: str) -> list[driver.Form]:
     """(shape, strides, dtype) of what :func:`run` returns."""
-    return [(x.shape, x.stride, x.dtype) for x in _read(text).made if x.returned]
+    return [x.form for x in _read(text).made if x.returned]
 
 
 def run(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
@@ -210,22 +213,12 @@ def _read(text: str) -> _Launch:
 
 def _prepare(text: str, device: torch.device) -> _Prepared:
     read, number = _read(text), device.index or 0
-    found = _elsewhere((read.source_key, number))
-    launch = _by_driver(read, number, found) or _by_triton(read, number)
     empty = _fast_empty if device.type == "cuda" and _fast_empty else _empty_on(device)
-    forms = [(x.shape, x.stride, x.dtype) for x in read.made]
-    returned = [i for i, x in enumerate(read.made) if x.returned]
-
-    def call(tensors: Sequence[Tensor]) -> list[Tensor]:
-        made = [empty(*form) for form in forms]
-        launch(*map(_address, tensors), *map(_address, made))
-        return [made[i] for i in returned]
-
-    return call
+    return _by_driver(read, number, empty) or _by_triton(read, number, empty)
 
 
-def _by_driver(read: _Launch, device: int, found: Binary | None) -> Callable[..., None] | None:
-    """found: the kernel, where it is compiled already."""
+def _by_driver(read: _Launch, device: int, empty: Callable[..., Tensor]) -> _Prepared | None:
+    found = _elsewhere((read.source_key, device))  # the kernel, where it is compiled already
     if not torch.cuda.is_available():
         return None
     key = read.source_key, device
@@ -239,8 +232,14 @@ def _by_driver(read: _Launch, device: int, found: Binary | None) -> Callable[...
         if kind != "constexpr":
             kinds.append(kind)
             values.append(x["tensor"] if isinstance(x, dict) else x)
-    arguments = driver.Arguments(kinds, values, len(read.dtypes))
-    return driver.launcher(_binaries[key], arguments, grid=read.grid, device=device)
+    return driver.launcher(
+        _binaries[key],
+        driver.Arguments(kinds, values, len(read.dtypes)),
+        grid=read.grid,
+        device=device,
+        made=[(x.form, x.returned) for x in read.made],
+        empty=empty,
+    )
 
 
 def _elsewhere(key: _Key) -> Binary | None:
@@ -258,7 +257,7 @@ def _elsewhere(key: _Key) -> Binary | None:
     return found
 
 
-def _by_triton(read: _Launch, device: int) -> Callable[..., None]:
+def _by_triton(read: _Launch, device: int, empty: Callable[..., Tensor]) -> _Prepared:
     """Where CUDA's driver can't be called, and on other GPUs."""
     compiled = _compile(read, GPUTarget(*_target(device)), _folder(device))
     constants = [x for x in read.arguments if not isinstance(x, dict)]
@@ -266,8 +265,10 @@ def _by_triton(read: _Launch, device: int) -> Callable[..., None]:
     order = [x["tensor"] if isinstance(x, dict) else next(numbered) for x in read.arguments]
     arranged, launched = operator.itemgetter(*order), compiled[(read.grid, 1, 1)]
 
-    def call(*addresses: int) -> None:
-        launched(*arranged([*addresses, *constants]))
+    def call(tensors: Sequence[Tensor]) -> list[Tensor]:
+        made = [empty(*x.form) for x in read.made]
+        launched(*arranged([*(x.data_ptr() for x in (*tensors, *made)), *constants]))
+        return [x for x, own in zip(made, read.made, strict=True) if own.returned]
 
     return call
 

@@ -95,7 +95,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
         listed = archive.read(entry_points).decode()
-    expected = {"moda_compile/py.typed"}
+    expected = {"moda_compile/py.typed", "moda_compile/kernels/launcher.c"}
     for folder in SOURCES:
         prefix = "" if folder == "moda_compile" else "moda_compile/"
         for path in (ROOT / folder).rglob("*.py"):
