@@ -107,10 +107,10 @@ def launcher(
     cuda = _library()
     if cuda is None or not binary.plain:
         return None
-    function, module = _loaded(binary, device), _module()
-    if function is None or module is None or not _fits(cuda, function, arguments.sizes):
+    function, built = _loaded(binary, device), launcher_module()
+    if function is None or built is None or not _fits(cuda, function, arguments.sizes):
         return None
-    call: Callable[[Sequence[Tensor]], list[Tensor]] = module.launcher(
+    call: Callable[[Sequence[Tensor]], list[Tensor]] = built.launcher(
         ctypes.cast(cuda.cuLaunchKernelEx, ctypes.c_void_p).value,
         function,
         grid,
@@ -131,8 +131,8 @@ def launcher(
 
 
 @functools.cache
-def _module() -> Any:
-    """launcher.c; None where Triton finds no compiler, or has no such function any more."""
+def launcher_module() -> Any:
+    """launcher.c, built; None where Triton finds no compiler, or has no such function any more."""
     source = (Path(__file__).parent / "launcher.c").read_text(encoding="utf-8")
     try:
         from triton.runtime.build import compile_module_from_src

@@ -11,13 +11,14 @@ The text names the kernel and holds no address, so a graph that has it may come 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
 import json
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -232,14 +233,15 @@ def _by_driver(read: _Launch, device: int, empty: Callable[..., Tensor]) -> _Pre
         if kind != "constexpr":
             kinds.append(kind)
             values.append(x["tensor"] if isinstance(x, dict) else x)
-    return driver.launcher(
-        _binaries[key],
-        driver.Arguments(kinds, values, len(read.dtypes)),
-        grid=read.grid,
-        device=device,
-        made=[(x.form, x.returned) for x in read.made],
-        empty=empty,
-    )
+    with _kept_in(_folder(device)):
+        return driver.launcher(
+            _binaries[key],
+            driver.Arguments(kinds, values, len(read.dtypes)),
+            grid=read.grid,
+            device=device,
+            made=[(x.form, x.returned) for x in read.made],
+            empty=empty,
+        )
 
 
 def _elsewhere(key: _Key) -> Binary | None:
@@ -310,14 +312,25 @@ def _compile(read: _Launch, target: GPUTarget, folder: str) -> Any:
         constexprs={(function.arg_names.index(name),): x for name, x in constants.items()},
         attrs={(place,): _DIVISIBLE for place in attributes},
     )
-    cache = triton.knobs.cache
-    with cache.scope():
-        cache.dir = folder
+    with _kept_in(folder):
         return triton.compile(source, target=target, options=read.options)
 
 
+@contextlib.contextmanager
+def _kept_in(folder: str) -> Iterator[None]:
+    """What Triton compiles meanwhile, it keeps there."""
+    cache = triton.knobs.cache
+    with cache.scope():
+        cache.dir = folder
+        yield
+
+
 def _compile_elsewhere(text: str, target: tuple[Any, ...], folder: str) -> Binary:
-    """In another process, without its GPU; what it compiles stays in Triton's cache, too."""
+    """In another process, without its GPU; what it compiles stays in Triton's cache, too, and so
+    does what launches it.
+    """
+    with _kept_in(folder):
+        driver.launcher_module()
     return Binary.of(_compile(_read(text), GPUTarget(*target), folder))
 
 

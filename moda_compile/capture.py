@@ -53,6 +53,14 @@ def _only_the_hint(
     return is_causal is True
 
 
+def has_torch_s_attention(model: nn.Module) -> bool:
+    """Whether any module of the model is one that :func:`spelled_out` changes anything for."""
+    encoder, decoder = nn.TransformerEncoder, nn.TransformerDecoder
+    layers = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+    kinds = nn.MultiheadAttention, encoder, decoder, *layers
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
 @contextlib.contextmanager
 def spelled_out() -> Iterator[None]:
     """``torch.nn``'s attentions in parts that a graph can hold, for tracing and for running.

@@ -269,6 +269,7 @@ class _Conversion:
         self.attentions: int | None = None  # unknown before the model has been looked at
         self.root_spec: str | None = None  # of the mark on the model's own output
         self.added: list[str] = []  # modules that gained parameters
+        self.spelled_out = capture.has_torch_s_attention(model)
         self._compiled: Callable[..., Any] | None = None
 
     @property
@@ -303,9 +304,11 @@ class _Conversion:
             )
         try:
             # DDP around the model would have Dynamo split the stack into one graph per bucket.
-            # Elsewhere the option is let alone, for setting it takes as long as two launches.
+            # Elsewhere the option is let alone, for setting it takes as long as two launches, and
+            # so does spelling out what is not there.
             unsplit = torch._dynamo.config.patch(optimize_ddp=False) if in_ddp() else nullcontext()
-            with unsplit, capture.spelled_out():
+            spelled_out = capture.spelled_out() if self.spelled_out else nullcontext()
+            with unsplit, spelled_out:
                 return self._compiled(self.model, *args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, MoDAError):

@@ -191,11 +191,11 @@ def test_without_a_compiler_triton_launches(
 ) -> None:
     monkeypatch.setenv("CC", str(tmp_path / "none"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    driver._module.cache_clear()
+    driver.launcher_module.cache_clear()
     try:
         assert launcher(Cuda(SIZES)) is None
     finally:
-        driver._module.cache_clear()
+        driver.launcher_module.cache_clear()
 
 
 def test_of_no_programs_none_is_launched(launcher: Any) -> None:
@@ -225,7 +225,7 @@ def test_a_new_thread_gets_the_gpu_s_context(
 @pytest.mark.parametrize("places", [(0, 9), (-1,)], ids=str)
 def test_the_module_refuses_places_outside_of_the_cells(places: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="place"):
-        driver._module().launcher(
+        driver.launcher_module().launcher(
             1, 2, 3, 4, 5, bytes(16), places, 1, "kernel", 0, (), (), None, None, None
         )
 

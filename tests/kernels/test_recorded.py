@@ -161,6 +161,7 @@ def test_another_process_leaves_it_in_triton_s_cache(tmp_path: Path) -> None:
     )  # fmt: skip
     kept = list(folder.rglob("*.cubin"))
     assert [x.stem for x in kept] == [KERNEL.__name__]
+    assert len(list(folder.rglob("moda_compile_launcher*"))) == 1
     before = kept[0].stat().st_mtime_ns
     recorded._compile(recorded._read(text()), H100, str(folder))
     assert [x.stat().st_mtime_ns for x in folder.rglob("*.cubin")] == [before]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moda_compile
 from moda_compile import MoDAConfig, RewriteError, fx, pipeline
-from moda_compile.capture import spelled_out
+from moda_compile.capture import has_torch_s_attention, spelled_out
 from moda_compile.testing import FFNSlots, check_conversion, reference
 from tests.graph.graphs import trace
 
@@ -106,6 +106,13 @@ def test_replaced_calls_are_gone(masks: tuple[Tensor, ...], left: int) -> None:
 
 
 MODEL = Encoder()
+
+
+def test_only_such_modules_are_spelled_out() -> None:
+    alone = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    assert has_torch_s_attention(MODEL)
+    assert has_torch_s_attention(alone)
+    assert not has_torch_s_attention(alone[0])
 
 
 def test_through_inductor() -> None:
