@@ -67,12 +67,14 @@ class Arguments:
         tensors: how many there are.
 
     Attributes:
-        sizes: bytes of each argument. cells: 8 bytes for each tensor's address, each number, and a
-            null. places: the cells of the arguments, and of what Triton appends to them.
+        tensors: as given. sizes: bytes of each argument.
+        cells: 8 bytes for each tensor's address, each argument that is a number, and a null.
+        places: the cells of the arguments, and of what Triton appends to them.
     """
 
     def __init__(self, kinds: Sequence[str], values: Sequence[Any], tensors: int) -> None:
         self.sizes = [_CELL if kind[0] == "*" else struct.calcsize(_WIDTHS[kind]) for kind in kinds]
+        self.tensors = tensors
         self.cells = bytearray(_CELL * (tensors + len(kinds) + 1))
         places = []
         for i, (kind, value) in enumerate(zip(kinds, values, strict=True), tensors):
@@ -118,7 +120,7 @@ def launcher(
         binary.shared,
         arguments.cells,
         arguments.places,
-        len(arguments.cells) // _CELL - 1 - len(arguments.sizes) - len(made),
+        arguments.tensors - len(made),
         binary.name,
         device,
         tuple(form for form, _ in made),

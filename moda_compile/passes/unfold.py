@@ -31,26 +31,21 @@ _own = torch.ops.moda_compile
 _aten = torch.ops.aten
 _LAUNCH = _own.launch.default
 _TRACED = torch.ops.higher_order.triton_kernel_wrapper_mutation
-_VIEWS = (
+_PERMUTED = (  # views of all the numbers
     _aten.view.default,
     _aten._unsafe_view.default,
     _aten.permute.default,
     _aten.transpose.int,
+)
+_VIEWS = (
+    *_PERMUTED,
     _aten.unsqueeze.default,
     _aten.squeeze.dim,
     _aten.squeeze.dims,
     _aten.select.int,
     _aten.slice.Tensor,
 )
-_SAME = (  # the same numbers in the same order, or permuted
-    _aten.view.default,
-    _aten._unsafe_view.default,
-    _aten.reshape.default,
-    _aten.permute.default,
-    _aten.transpose.int,
-    _aten.t.default,
-    _aten.clone.default,
-)
+_SAME = (*_PERMUTED, _aten.reshape.default, _aten.t.default, _aten.clone.default)
 _PRODUCTS = _aten.mm.default, _aten.addmm.default, _aten.bmm.default
 _MADE = (operator.getitem, _aten.as_strided.default, *_PRODUCTS)  # tensors, not expressions
 _ALLOCATIONS = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_strided.default)
