@@ -293,8 +293,8 @@ class _Conversion:
             )
         return _run(self, args, kwargs)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the rewritten model."""
+    def compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """The compiled forward; at the first call, look at the model and ready it first."""
         if self.attentions is None:
             self._attach_late(args, kwargs)
         if self._compiled is None:
@@ -302,18 +302,7 @@ class _Conversion:
             self._compiled = self.compilation.compile(
                 traced, self.config, strict=self.strict, attentions=self.attentions
             )
-        try:
-            # DDP around the model would have Dynamo split the stack into one graph per bucket.
-            # Elsewhere the option is let alone, for setting it takes as long as two launches, and
-            # so does spelling out what is not there.
-            unsplit = torch._dynamo.config.patch(optimize_ddp=False) if in_ddp() else nullcontext()
-            spelled_out = capture.spelled_out() if self.spelled_out else nullcontext()
-            with unsplit, spelled_out:
-                return self._compiled(self.model, *args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as failure:
-            if isinstance(failure.inner_exception, MoDAError):
-                raise failure.inner_exception from None
-            raise
+        return self._compiled
 
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the model, then add markers and parameters; all of it or nothing."""
@@ -357,7 +346,8 @@ class _Conversion:
 
 
 # Under somebody else's torch.compile this frame is left out of the outer graph, but what it calls
-# is compiled as ever; under the outer fullgraph=True that is an error, as it must be.
+# is compiled as ever; under the outer fullgraph=True that is an error, as it must be. The compiled
+# forward is called from this very frame: Dynamo would put it into the graph of any other.
 @torch.compiler.disable(
     recursive=False,
     reason="a model converted by moda_compile compiles itself: it can't be part of an outer "
@@ -370,7 +360,19 @@ def _run(conversion: _Conversion, args: tuple[Any, ...], kwargs: dict[str, Any])
             "(torch._dynamo.config.disable or TORCH_COMPILE_DISABLE=1), so it would run without "
             "the rewrite. Enable it, or undo the conversion with moda_compile.revert(model)."
         )
-    return conversion.run(args, kwargs)
+    compiled = conversion.compiled(args, kwargs)
+    try:
+        # DDP around the model would have Dynamo split the stack into one graph per bucket.
+        # Elsewhere the option is let alone, for setting it takes as long as two launches, and so
+        # does spelling out what is not there.
+        unsplit = torch._dynamo.config.patch(optimize_ddp=False) if in_ddp() else nullcontext()
+        spelled_out = capture.spelled_out() if conversion.spelled_out else nullcontext()
+        with unsplit, spelled_out:
+            return compiled(conversion.model, *args, **kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as failure:
+        if isinstance(failure.inner_exception, MoDAError):
+            raise failure.inner_exception from None
+        raise
 
 
 def _nothing_found(plan: Plan) -> RewriteError:
