@@ -286,7 +286,8 @@ class _Conversion:
         return self.__dict__ | {"_compiled": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
+        # To Dynamo before torch 2.13 everything is an export; what it may not do says `_run`.
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             raise NotRewrittenError(
                 "model: this model was converted to MoDA, which torch.export can't carry along; "
                 "export it after moda_compile.revert(model)."
