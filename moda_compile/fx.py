@@ -266,6 +266,11 @@ def writes(node: Node) -> bool:
     return node.op.startswith("call") and (in_place or name in ("setitem", *_IN_PLACE))
 
 
+def last(graph: Graph) -> Node:
+    """The graph's last node, which is its output; what comes before it is all of the graph."""
+    return next(iter(reversed(graph.nodes)))  # before torch 2.13 reversed nodes are no iterator
+
+
 def written_into(nodes: Iterable[Node], *, before: Node) -> list[Node]:
     """Nodes outside of ``nodes`` that write, in place, into a result of theirs or a view of it.
 

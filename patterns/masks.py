@@ -77,7 +77,7 @@ def classify(mask: Node, *, queries: Any, keys: Any, at: Node | None = None) -> 
 
     Masks that are built alike are one: each is built once, however many layers build it anew.
     """
-    at = next(reversed(mask.graph.nodes)) if at is None else at
+    at = fx.last(mask.graph) if at is None else at
     if not _constant(mask):
         return Meaning(mask=mask)
     found = _parts(mask, at)
@@ -98,11 +98,11 @@ def number(x: Any) -> float | None:
     """A Python number, or the one that a tensor built from constants is filled with."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
-    if fx.calls(x, *_FILLED) and not fx.written_into({x}, before=next(reversed(x.graph.nodes))):
+    if fx.calls(x, *_FILLED) and not fx.written_into({x}, before=fx.last(x.graph)):
         return number(fx.argument(x, *_FILLED[fx.name_of(x)]))
     if not isinstance(x, Node) or not fx.is_tensor(x) or not _constant(x):
         return None
-    found = _parts(x, next(reversed(x.graph.nodes)))
+    found = _parts(x, fx.last(x.graph))
     if found is None:
         return None
     parts, _ = found

@@ -112,7 +112,7 @@ def trace(result: Node, *, at: Node | None = None) -> Projection:
         )
     (layer,) = layers
     near = set(fx.upstream(result, lambda n: n is layer.node))
-    if fx.written_into(near, before=at or next(reversed(result.graph.nodes))):
+    if fx.written_into(near, before=at or fx.last(result.graph)):
         raise Refused(
             "a key or value is changed in place on its way from its projection.",
             "write it without in-place changes (torch.cat, torch.where), or use ffn_kv='none'.",

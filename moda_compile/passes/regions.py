@@ -113,7 +113,7 @@ def _body(gm: GraphModule, node: Node) -> GraphModule | None:
 
 
 def _results(body: GraphModule) -> tuple[Any, ...]:
-    results = next(iter(reversed(body.graph.nodes))).args[0]
+    results = fx.last(body.graph).args[0]
     return tuple(results) if isinstance(results, (tuple, list)) else ()
 
 

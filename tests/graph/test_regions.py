@@ -183,7 +183,7 @@ def test_a_node_belongs_where_it_stands(inside: bool) -> None:
     x = next(n for n in gm.graph.nodes if fx.calls(n, "mul"))
     with gm.graph.inserting_before(ends[0] if inside else ends[0].next):
         added = fx.insert(gm, torch.sin, (x,), like=x)
-    output = next(iter(reversed(gm.graph.nodes)))
+    output = fx.last(gm.graph)
     output.args = ((output.args[0][0], added),)
     regions.outline(gm)
     held = [sum(n.target is torch.sin for n in body(gm, c).graph.nodes) for c in calls(gm)]
