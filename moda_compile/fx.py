@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -376,7 +377,9 @@ def annotate(node: Node) -> None:
     modes = [x.fake_mode for x in tree_leaves((args, kwargs)) if hasattr(x, "fake_mode")]
     if not modes:
         return
-    with modes[0], torch.no_grad(), autocast_at(node):
+    # As Dynamo does: without the Python dispatcher torch 2.11 takes a symbolic size of linear's
+    # input for the number that it is now, and compiles anew for every batch.
+    with modes[0], enable_python_dispatcher(), torch.no_grad(), autocast_at(node):
         if node.op == "call_method":
             node.meta[VALUE] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

@@ -214,6 +214,9 @@ class Refusing(nn.Module):
     ids=["lse", "cross", "cache"],
 )
 def test_what_cannot_be_rewritten_is_refused(options: dict[str, Any], message: str) -> None:
+    known = {*inspect.signature(varlen.varlen_attn).parameters, "used", "other"}
+    if not options.keys() <= known:
+        pytest.skip(f"this torch's varlen_attn takes no {', '.join(options.keys() - known)}")
     model = Refusing(**options).double()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     refused = pytest.raises((NotRewrittenError, moda_compile.RewriteError), match=message)
