@@ -87,7 +87,7 @@ class Backend:
         if self.compiler == "aot_eager":
             aot = torch._dynamo.lookup_backend("aot_eager")
             return aot(gm, list(example_inputs))
-        return _inductor(gm, example_inputs, mode, options)
+        return _inductor(gm, example_inputs, plan, mode, options)
 
     def _check_whole(self, gm: GraphModule, plan: Plan) -> None:
         """Without marks the graph does not say how long the stack is: take no risk."""
@@ -214,12 +214,22 @@ def _checkpoint(body: GraphModule, *args: Any, **options: Any) -> Any:
 
 
 def _inductor(
-    gm: GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    plan: Plan,
+    mode: str | None,
+    options: dict[str, Any] | None,
 ) -> Callable[..., Any]:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    if any(slot.ffn is not None for slot in plan.slots):
+        # An FFN's input has two more readers, the slot's key and value. The sum of their gradients
+        # is used twice by a norm's backward; of more terms than this Inductor first writes it out,
+        # in float32. As many as a plain model may have, and these two.
+        most = torch._inductor.config.realize_reads_threshold
+        patches.setdefault("realize_reads_threshold", most + 2)
     own = patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
     patches["joint_custom_pre_pass"] = _graph_pass(gather.run, own)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
