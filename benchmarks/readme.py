@@ -24,11 +24,15 @@ ORDER = (
 
 
 def found(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and contents of each file of results that there is, in the table's order."""
+    """Name and contents of each file of results that there is, in the table's order.
+
+    Another machine's figures of the same benchmark are in a file of their own behind it, such as
+    model_h200.json: ratios of two machines can't stand in one table.
+    """
     for name in ORDER:
-        file = folder / f"{name}.json"
-        if file.exists():
-            yield name, json.loads(file.read_text(encoding="utf-8"))
+        for file in (folder / f"{name}.json", *sorted(folder.glob(f"{name}_*.json"))):
+            if file.exists():
+                yield file.stem, json.loads(file.read_text(encoding="utf-8"))
 
 
 def render(folder: Path) -> str:
