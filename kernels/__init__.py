@@ -193,11 +193,13 @@ def gathers_ahead(
         saved: 2 size group readers;  cost: 2 (2 wide + size) slots
 
     as sums of keys and of values are written and read, and K and V read in both launches. Four
-    slots also take more registers, so fewer loads are on their way. Measured on an H100
+    slots also take more registers and more instructions a byte. Measured on an H100
     (benchmarks/results/counters.json), in bf16: a launch that begins two slots moves 2.1 TB/s where
     one that does not moves 2.7 (group 2, d=64), which eats up what is saved unless that is about
-    three times the cost. At d=80, of whose registers three eighths are padding, it is 1.6 of 2.2,
-    and nothing is left.
+    three times the cost; on an H200 2.2 where 3.3, and it is the same. At a group of 1 there are
+    fewer bytes for each slot, and it takes six times the cost: with 34 readers, 3.4 times, both
+    launches took 11% longer than two without (benchmarks/results/tiles_h200.txt). At d=80, of whose
+    registers three eighths are padding, it is 1.6 of 2.2, and nothing is left.
 
     Args:
         dtype: of q, k, v. head_dim: d. group: query heads per key head. readers: that both launches
@@ -208,7 +210,8 @@ def gathers_ahead(
     wide = torch.promote_types(dtype, torch.float32).itemsize
     saved = 2 * dtype.itemsize * group * readers
     cost = 2 * (2 * wide + dtype.itemsize) * slots
-    return configs.padded(head_dim) == head_dim and saved >= 3 * cost
+    least = 3 if group > 1 else 6
+    return configs.padded(head_dim) == head_dim and saved >= least * cost
 
 
 def row_elements(lowering: Lowering, head_dim: int) -> int | None:

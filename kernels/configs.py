@@ -96,7 +96,10 @@ def vector_query_tile(*, head_dim: int, group: int, width: int) -> Tile:
     """Tile of the backward vector kernel without the slots' gradients; arguments as for
     `vector_forward_tile`.
     """
-    return _rows(head_dim, width if group <= 2 else min(width, 4), slots=2, stages=2)
+    # Measured on an H200. From a group of 3 on instructions bind rather than the memory: accesses
+    # of 8 elements take the fewest and leave no registers for loads ahead; 17 to 27% faster than
+    # accesses of 4 with them.
+    return _rows(head_dim, width, slots=2, stages=2 if group <= 2 or width <= 4 else 1)
 
 
 def gather_tile(*, head_dim: int, group: int, width: int, slots: int) -> Tile:

@@ -472,14 +472,14 @@ def test_gathers(what: dict[str, Any], expected: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("what", "readers"), [
-    ({}, 30),
-    ({"slots": 1}, 15),
+    ({}, 60),
+    ({"slots": 1}, 30),
     ({"group": 2}, 15),
     ({"group": 4, "head_dim": 128}, 8),
-    ({"dtype": torch.float32}, 18),
+    ({"group": 3, "dtype": torch.float32}, 6),
 ], ids=str)  # fmt: skip
 def test_gathers_ahead(what: dict[str, Any], readers: int) -> None:
-    """From so many readers on: 4 bytes each and head of a group, for 3 times 20 a slot."""
+    """From so many readers on: 4 bytes each and head of a group, for 3 or 6 times 20 a slot."""
     base: dict[str, Any] = dict(dtype=torch.bfloat16, head_dim=64, group=1, slots=2)
     assert kernels.gathers_ahead(**base | what, readers=readers)
     assert not kernels.gathers_ahead(**base | what, readers=readers - 1)

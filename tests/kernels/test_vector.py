@@ -126,7 +126,9 @@ def test_forward_compiles_for_an_h100(
         (BF16, "delta", 64, 1, True, 80),
         (BF16, "delta", 76, 1, True, 80),
         (FP16, "delta", 128, 2, True, 96),
-        (BF16, "delta", 64, 4, True, 128),
+        (BF16, "delta", 64, 3, True, 128),
+        (BF16, "delta", 64, 4, True, 168),
+        (FP16, "delta", 76, 4, True, 128),
     ],
     ids=str,
 )
