@@ -118,6 +118,7 @@ def configurations(shape: Shape, title: str) -> Iterator[Configuration]:
         found = [(8, 4, 4, 1), (8, 4, 1, 1), (8, 2, 4, 2), (4, 4, 4, 1), (4, 8, 4, 1), (4, 4, 4, 2)]
     elif shape.group <= 4:
         found = [(8, 4, 4, 1), (8, 2, 4, 2), (8, 2, 2, 1), (4, 4, 4, 1), (4, 4, 2, 2), (4, 2, 4, 2)]
+        found += [(8, 8, 4, 1), (8, 8, 2, 1), (8, 4, 2, 1), (8, 4, 1, 1)]  # where rows are few
     else:
         found = [(4, 2, 4, 1), (4, 1, 4, 2), (8, 2, 4, 1)]
     yield from _tiles(shape, found)
