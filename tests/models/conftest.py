@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +34,16 @@ def expected() -> Tensor:
     moda, plain = reference(model, IDS).detach(), model(IDS).detach()
     assert (moda - plain).abs().max() > NEVER_PLAIN
     return moda
+
+
+@pytest.fixture
+def inductor_options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What Inductor is asked for, as it is asked; nothing is compiled then."""
+    seen: dict[str, Any] = {}
+
+    def compile_fx(gm: Any, _inputs: Any, _inner: Any, patches: dict[str, Any]) -> Any:
+        seen.update(patches)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return seen

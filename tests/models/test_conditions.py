@@ -403,14 +403,8 @@ def test_options_count_for_idempotence() -> None:
             convert(model, **chosen | other)
 
 
-def test_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    def compile_fx(gm: Any, _inputs: Any, _inner: Any, patches: dict[str, Any]) -> Any:
-        seen.update(patches)
-        return gm.forward
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+def test_options_reach_inductor(inductor_options: dict[str, Any]) -> None:
+    seen = inductor_options
     options = {"max_fusion_size": 7, "max_autotune": False}
     convert(decoder(), backend="inductor", mode="max-autotune", options=options)(IDS)
     modes = torch._inductor.list_mode_options("max-autotune")
