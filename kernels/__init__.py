@@ -193,7 +193,7 @@ def gathers_ahead(
         saved: 2 size group readers;  cost: 2 (2 wide + size) slots
 
     as sums of keys and of values are written and read, and K and V read in both launches. Four
-    slots also take more registers and more instructions a byte. Measured on an H100
+    slots also take more registers, so fewer loads are on their way. Measured on an H100
     (benchmarks/results/counters.json), in bf16: a launch that begins two slots moves 2.1 TB/s where
     one that does not moves 2.7 (group 2, d=64), which eats up what is saved unless that is about
     three times the cost; on an H200 2.2 where 3.3, and it is the same. At a group of 1 there are

@@ -476,6 +476,7 @@ def test_gathers(what: dict[str, Any], expected: bool, monkeypatch: pytest.Monke
     ({"slots": 1}, 30),
     ({"group": 2}, 15),
     ({"group": 4, "head_dim": 128}, 8),
+    ({"dtype": torch.float32}, 36),
     ({"group": 3, "dtype": torch.float32}, 6),
 ], ids=str)  # fmt: skip
 def test_gathers_ahead(what: dict[str, Any], readers: int) -> None:

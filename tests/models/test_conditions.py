@@ -404,12 +404,11 @@ def test_options_count_for_idempotence() -> None:
 
 
 def test_options_reach_inductor(inductor_options: dict[str, Any]) -> None:
-    seen = inductor_options
     options = {"max_fusion_size": 7, "max_autotune": False}
     convert(decoder(), backend="inductor", mode="max-autotune", options=options)(IDS)
     modes = torch._inductor.list_mode_options("max-autotune")
-    assert {k: seen[k] for k in modes} == modes | {"max_autotune": False}
-    assert seen["max_fusion_size"] == 7
+    assert {k: inductor_options[k] for k in modes} == modes | {"max_autotune": False}
+    assert inductor_options["max_fusion_size"] == 7
 
 
 # --- layer drop ---------------------------------------------------------------------------------
