@@ -308,7 +308,10 @@ def run(
         tile = tile or choose_tile(head_dim=d, group=group, width=width)
         blocks = b * -(-t * hk // tile.tokens)
         own: dict[str, Any] = dict(
-            ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slot_align)
+            ROWS=tile.tokens,
+            AHEAD=tile.stages > 1,
+            COPIES=tiles.TABLE_COPIES,
+            ALIGN=min(align, slot_align),
         )
         own |= slot_table.names(slots, "n")
     else:

@@ -98,6 +98,7 @@ def depth_backward_vector_kernel(
     SLOTS: tl.constexpr,
     AHEAD: tl.constexpr,
     COLUMNS: tl.constexpr,
+    COPIES: tl.constexpr,
     TABLE: tl.constexpr,
     UNIFORM: tl.constexpr,
     GRADIENTS: tl.constexpr,
@@ -125,7 +126,7 @@ def depth_backward_vector_kernel(
     LOG2E: tl.constexpr = 1.4426950408889634
     if n0 is not None:
         table = write_table(
-            table, COLUMNS,
+            table, COLUMNS, COPIES,
             n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, n11, n12, n13, n14, n15,
             n16, n17, n18, n19, n20, n21, n22, n23, n24, n25, n26, n27, n28, n29, n30, n31,
             n32, n33, n34, n35, n36, n37, n38, n39, n40, n41, n42, n43, n44, n45, n46, n47,

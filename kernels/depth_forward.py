@@ -235,7 +235,10 @@ def run(
         blocks = b * -(-t * hk // tile.tokens)
         # Tiles of equal accesses lie in the same threads.
         own: dict[str, Any] = dict(
-            ROWS=tile.tokens, AHEAD=tile.stages > 1, ALIGN=min(align, slots.align)
+            ROWS=tile.tokens,
+            AHEAD=tile.stages > 1,
+            COPIES=tiles.TABLE_COPIES,
+            ALIGN=min(align, slots.align),
         )
         own |= slot_table.names(slots, "n")
     else:

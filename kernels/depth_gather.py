@@ -126,6 +126,7 @@ def depth_gather_kernel(
     UNFINISHED: tl.constexpr,
     READERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    COPIES: tl.constexpr,
     ROWS_UNIFORM: tl.constexpr,
     NUMBERS_UNIFORM: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -193,7 +194,7 @@ def depth_gather_kernel(
     )
     if n0 is not None:
         rows_table = write_table(
-            rows_table, COLUMNS,
+            rows_table, COLUMNS, COPIES,
             n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, n11, n12, n13, n14, n15,
             n16, n17, n18, n19, n20, n21, n22, n23, n24, n25, n26, n27, n28, n29, n30, n31,
             n32, n33, n34, n35, n36, n37, n38, n39, n40, n41, n42, n43, n44, n45, n46, n47,
@@ -203,7 +204,7 @@ def depth_gather_kernel(
         )  # fmt: skip
     if m0 is not None:
         numbers_table = write_table(
-            numbers_table, COLUMNS,
+            numbers_table, COLUMNS, COPIES,
             m0, m1, m2, m3, m4, m5, m6, m7, m8, m9, m10, m11, m12, m13, m14, m15,
             m16, m17, m18, m19, m20, m21, m22, m23, m24, m25, m26, m27, m28, m29, m30, m31,
             m32, m33, m34, m35, m36, m37, m38, m39, m40, m41, m42, m43, m44, m45, m46, m47,
@@ -408,6 +409,7 @@ def run(
             UNFINISHED=unfinished,
             READERS=tile.slots,
             COLUMNS=tiles.TABLE_COLUMNS,
+            COPIES=tiles.TABLE_COPIES,
             ROWS_UNIFORM=rows.is_uniform,
             NUMBERS_UNIFORM=numbers.is_uniform,
             ALIGN=width * keys[0].element_size(),

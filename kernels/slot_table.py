@@ -26,7 +26,7 @@ ROWS = 32
 """Slots written by one launch of `fill_rows_kernel`, or whose addresses a kernel can take as
 arguments of its own instead of a table; see `listed`."""
 
-NAMED = tiles.TABLE_ROWS.value
+NAMED = tiles.TABLE_ROWS
 """The most slots that a kernel can be given themselves, as arguments; see `named`."""
 
 # For each number of rows a kernel is compiled, and each of its programs writes them all; see
@@ -289,9 +289,7 @@ def named(depth_k: Sequence[Tensor], depth_v: Sequence[Tensor]) -> Slots:
         kv_heads=key.shape[1],
         key=key,
         value=value,
-        table=key.new_empty(
-            (tiles.TABLE_COPIES.value, NAMED, tiles.TABLE_COLUMNS), dtype=torch.int64
-        ),
+        table=key.new_empty((tiles.TABLE_COPIES, NAMED, tiles.TABLE_COLUMNS), dtype=torch.int64),
         key_strides=(0, *key.stride()[:3]),
         value_strides=(0, *value.stride()[:3]),
         is_table=True,

@@ -19,10 +19,10 @@ import triton.language as tl
 TABLE_COLUMNS = 8
 """int64 columns of a slot table: key address, its (batch, head, token) strides; same of value."""
 
-TABLE_ROWS = tl.constexpr(48)
+TABLE_ROWS = 48
 """The most rows of a table that a kernel writes itself; see `write_table`."""
 
-TABLE_COPIES = tl.constexpr(128)
+TABLE_COPIES = 128
 """Tables that the programs of a launch share where they write it themselves."""
 
 
@@ -232,7 +232,7 @@ def load_slots(
 
 @triton.jit
 def write_table(
-    table, COLUMNS: tl.constexpr,
+    table, COLUMNS: tl.constexpr, COPIES: tl.constexpr,
     n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, n11, n12, n13, n14, n15,
     n16, n17, n18, n19, n20, n21, n22, n23, n24, n25, n26, n27, n28, n29, n30, n31,
     n32, n33, n34, n35, n36, n37, n38, n39, n40, n41, n42, n43, n44, n45, n46, n47,
@@ -245,9 +245,10 @@ def write_table(
     Row i gets the addresses of n<2 i> and n<2 i + 1>, in groups of eight rows; None ends the list.
     A program writes the whole table before it reads it, so none has to wait for another, and the
     barrier is one of its own threads. Others write the same numbers to the same place: to
-    TABLE_COPIES places [TABLE_ROWS, COLUMNS], as thousands of programs queue up for one.
+    COPIES places [ROWS, COLUMNS], as thousands of programs queue up for one.
     """
-    own = table + (tl.program_id(0) % TABLE_COPIES) * (TABLE_ROWS * COLUMNS)
+    ROWS: tl.constexpr = 48
+    own = table + (tl.program_id(0) % COPIES) * (ROWS * COLUMNS)
     _write_rows(
         own, 0, COLUMNS,
         n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, n11, n12, n13, n14, n15,

@@ -23,7 +23,6 @@ from torch import Tensor
 from moda_compile.kernels import MASK_CHUNK, launch, mask_chunks, masks
 
 _DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NOTHING = tl.constexpr(2147483647)  # where no key is visible: behind all of them
 
 
 @triton.jit(do_not_specialize=["keys", "heads", "chunks", "stride_batch", "stride_head"])
@@ -40,6 +39,7 @@ def visible_keys_kernel(
     CHUNK: tl.constexpr,
 ):
     """Write one chunk's entries of `visible`; shapes as in `run`, strides in elements."""
+    NOTHING: tl.constexpr = 2147483647  # no key is visible: behind all of them
     program = tl.program_id(0)
     chunk = program % chunks
     row = program // chunks
@@ -55,7 +55,7 @@ def visible_keys_kernel(
         seen = bias != float("-inf")
         plain = bias == 0.0
     entry = visible + row.to(tl.int64) * (3 * chunks) + chunk
-    tl.store(entry, tl.min(tl.where(seen, u, _NOTHING), 0))
+    tl.store(entry, tl.min(tl.where(seen, u, NOTHING), 0))
     tl.store(entry + chunks, tl.max(tl.where(seen, u, -1), 0))
     tl.store(entry + 2 * chunks, tl.sum(plain.to(tl.int32), 0))
 
@@ -68,14 +68,15 @@ def visible_range(row, first, last, chunks, CHUNK: tl.constexpr):
     Of what other keys of the same chunks see the range stays free, and the last answer need not.
     """
     ENTRIES: tl.constexpr = 32
-    lowest = tl.full([ENTRIES], _NOTHING, tl.int32)
+    NOTHING: tl.constexpr = 2147483647  # as `visible_keys_kernel` writes it
+    lowest = tl.full([ENTRIES], NOTHING, tl.int32)
     highest = tl.full([ENTRIES], -1, tl.int32)
     free = tl.zeros([ENTRIES], tl.int32)
     end_chunk = tl.cdiv(last, CHUNK)
     for start in range(first // CHUNK, end_chunk, ENTRIES):
         chunk = start + tl.arange(0, ENTRIES)
         live = chunk < end_chunk
-        lowest = tl.minimum(lowest, tl.load(row + chunk, mask=live, other=_NOTHING))
+        lowest = tl.minimum(lowest, tl.load(row + chunk, mask=live, other=NOTHING))
         highest = tl.maximum(highest, tl.load(row + chunks + chunk, mask=live, other=-1))
         free += tl.load(row + 2 * chunks + chunk, mask=live, other=0)
     lowest_seen, highest_seen = tl.min(lowest, 0), tl.max(highest, 0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 triton = pytest.importorskip("triton")
 
+from moda_compile import kernels  # noqa: E402
 from moda_compile.kernels import depth_forward_vector, launch, recorded  # noqa: E402
 from moda_compile.kernels.recorded import At, Made  # noqa: E402
 from moda_compile.passes import unfold  # noqa: E402
@@ -36,8 +39,8 @@ TENSORS = {"query": 0, "sequence_out": 1, "sequence_lse": 2, "key": 3, "value": 
 OWN = {"out": 5, "lse": 6, "table": 7}
 NUMBERS = {"slots": 2, "tokens": 12, "kv_heads": 3, "scale": 0.25}
 CONSTANTS: dict[str, Any] = dict(
-    GROUP=1, HEAD_DIM=16, PADDED_DIM=16, ROWS=8, SLOTS=2, AHEAD=True, COLUMNS=8, TABLE=True,
-    UNIFORM=True, ALIGN=16, SLOT_ALIGN=16,
+    GROUP=1, HEAD_DIM=16, PADDED_DIM=16, ROWS=8, SLOTS=2, AHEAD=True, COLUMNS=8, COPIES=128,
+    TABLE=True, UNIFORM=True, ALIGN=16, SLOT_ALIGN=16,
 )  # fmt: skip
 
 
@@ -165,6 +168,18 @@ def test_another_process_leaves_it_in_triton_s_cache(tmp_path: Path) -> None:
     before = kept[0].stat().st_mtime_ns
     recorded._compile(recorded._read(text()), H100, str(folder))
     assert [x.stat().st_mtime_ns for x in folder.rglob("*.cubin")] == [before]
+
+
+def test_no_function_reads_constants_of_its_module() -> None:
+    """Triton's key of a kernel has those of the functions it calls only where these have been asked
+    for theirs before (`DependenciesFinder._update_hash`): another process would not find it.
+    """
+    functions: list[Any] = []
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        found = vars(importlib.import_module(module.name)).values()
+        functions += [x for x in found if isinstance(x, triton.JITFunction)]
+    assert len({x.cache_key for x in functions}) >= 40
+    assert [(x.__module__, x.__name__) for x in functions if x.used_global_vals] == []
 
 
 def test_a_launch_waits_for_what_is_compiled_elsewhere(

@@ -61,7 +61,7 @@ compiled_only = pytest.mark.skipif(launch.EMULATED, reason="the kernels are inte
 def constants(head_dim: int, group: int, tile: configs.Tile, table: bool) -> dict[str, Any]:
     return dict(
         GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
-        SLOTS=tile.slots, AHEAD=tile.stages > 1, COLUMNS=8, TABLE=table, UNIFORM=True,
+        SLOTS=tile.slots, AHEAD=tile.stages > 1, COLUMNS=8, COPIES=128, TABLE=table, UNIFORM=True,
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def test_gather_compiles_for_an_h100(
     pointers |= {"partials": "*fp32"} if going_on else {}
     constants = dict(
         GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
-        SLOTS=slots, UNFINISHED=begun, READERS=tile.slots, COLUMNS=8, ROWS_UNIFORM=True,
+        SLOTS=slots, UNFINISHED=begun, READERS=tile.slots, COLUMNS=8, COPIES=128, ROWS_UNIFORM=True,
         NUMBERS_UNIFORM=True, ALIGN=width * dtype.itemsize, GRAD_ALIGN=width * made_in.itemsize,
         SUM_ALIGN=width * FP32.itemsize,
     )  # fmt: skip
