@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from moda_compile import fx, pipeline
+from moda_compile import fx, garbage, pipeline
 from moda_compile.config import MoDAConfig
 from moda_compile.errors import InputError, RewriteError
 from moda_compile.passes import gather, unfold, visible
@@ -237,7 +237,7 @@ def _inductor(
 
         recorded.start_processes()
     # Donated buffers let backward overwrite what forward saved, and forbid retain_graph=True.
-    with torch._functorch.config.patch(donated_buffer=False):
+    with garbage.only_young(), torch._functorch.config.patch(donated_buffer=False):
         return compile_fx(gm, list(inputs), _unfold_and_compile, patches)  # type: ignore[return-value]
 
 
@@ -249,10 +249,11 @@ def _unfold_and_compile(gm: GraphModule, inputs: Sequence[Any], **options: Any) 
     """
     from torch._inductor.compile_fx import compile_fx_inner
 
-    visible.run(gm.graph)
-    unfold.run(gm.graph)
-    gm.recompile()
-    return compile_fx_inner(gm, inputs, **options)
+    with garbage.only_young():  # backward is compiled in its first call
+        visible.run(gm.graph)
+        unfold.run(gm.graph)
+        gm.recompile()
+        return compile_fx_inner(gm, inputs, **options)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("patterns", "kernels"),
     ("report", "stacked", "markers", "cost", "gathered", "launches", "visible"),
     ("ops", "varlen"),
-    ("config", "fx", "registration", "traced"),
+    ("config", "fx", "garbage", "registration", "traced"),
     ("errors",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

@@ -1,0 +1,109 @@
+"""Python's garbage collection while a model is compiled."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch._inductor.compile_fx
+from functorch.compile import make_boxed_func
+from torch.fx import GraphModule
+
+import moda_compile
+from moda_compile import MoDAConfig, capture, garbage
+from moda_compile.testing import RandomStack, StackConfig
+
+MINE = (500, 7, 9)
+
+
+@pytest.fixture(autouse=True)
+def _thresholds() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(*MINE)
+    yield
+    gc.set_threshold(*before)
+
+
+class Ring:
+    """An object that only a collection frees."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def collections_of_all() -> int:
+    return int(gc.get_stats()[2]["collections"])
+
+
+def test_the_young_are_collected_and_all_afterwards() -> None:
+    def work() -> tuple[int, int]:
+        before, young = collections_of_all(), gc.get_stats()[1]["collections"]
+        kept: list[Any] = []
+        for _ in range(100_000):
+            Ring()
+            kept.append([])
+        return collections_of_all() - before, gc.get_stats()[1]["collections"] - young
+
+    with garbage.only_young():
+        of_all, of_young = work()
+    assert of_all == 0
+    assert of_young > 0
+    assert gc.get_threshold() == MINE
+    assert work()[0] > 0
+
+
+def test_nested_and_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), garbage.only_young():
+        with garbage.only_young():
+            pass
+        assert gc.get_threshold()[:2] == MINE[:2]
+        assert gc.get_threshold() != MINE
+        raise ZeroDivisionError
+    assert gc.get_threshold() == MINE
+
+
+def test_lasts_until_the_last_thread_is_out() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with garbage.only_young():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with garbage.only_young():
+        thread.start()
+        assert inside.wait(60)
+    assert gc.get_threshold() != MINE
+    leave.set()
+    thread.join(60)
+    assert gc.get_threshold() == MINE
+
+
+def test_while_a_model_is_looked_at_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward; Inductor's part is left out."""
+    seen: list[tuple[str, bool]] = []
+
+    def note(what: str) -> None:
+        seen.append((what, gc.get_threshold() != MINE))
+
+    def compiled(gm: GraphModule, *_inputs: Any, **options: Any) -> Any:
+        note("backward" if options.get("is_backward") else "forward")
+        return make_boxed_func(gm.forward)
+
+    def spelled_out() -> Any:
+        note("analysis")
+        return original()
+
+    original = capture.spelled_out
+    monkeypatch.setattr(capture, "spelled_out", spelled_out)
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", compiled)
+    config = StackConfig(layers=2)
+    model, inputs = RandomStack(config), config.inputs()
+    moda_compile.convert(model, MoDAConfig(), inputs)
+    model(*inputs).sum().backward()
+    assert seen == [("analysis", True), ("forward", True), ("backward", True)]
+    assert gc.get_threshold() == MINE
