@@ -312,8 +312,19 @@ def _compile(read: _Launch, target: GPUTarget, folder: str) -> Any:
         constexprs={(function.arg_names.index(name),): x for name, x in constants.items()},
         attrs={(place,): _DIVISIBLE for place in attributes},
     )
+    _set_assembler()
     with _kept_in(folder):
         return triton.compile(source, target=target, options=read.options)
+
+
+def _set_assembler() -> None:
+    """Have Triton use PyTorch's assembler, where there is one, as Inductor does in its processes:
+    the version is part of the key of what they leave in Triton's cache.
+    """
+    with contextlib.suppress(ImportError):  # PyTorch's own business
+        from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+
+        _set_triton_ptxas_path()
 
 
 @contextlib.contextmanager

@@ -170,6 +170,19 @@ def test_another_process_leaves_it_in_triton_s_cache(tmp_path: Path) -> None:
     assert [x.stat().st_mtime_ns for x in folder.rglob("*.cubin")] == [before]
 
 
+def test_compiled_with_the_assembler_of_inductor_s_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own, where it brings one: its version is in the key of a kernel, too."""
+    from torch._inductor.runtime import compile_tasks
+
+    done: list[str] = []
+    monkeypatch.setattr(compile_tasks, "_set_triton_ptxas_path", lambda: done.append("set"))
+    monkeypatch.setattr(triton, "compile", lambda *_, **__: done.append("compiled"))
+    recorded._compile(recorded._read(text()), H100, str(tmp_path))
+    assert done == ["set", "compiled"]
+
+
 def test_no_function_reads_constants_of_its_module() -> None:
     """Triton's key of a kernel has those of the functions it calls only where these have been asked
     for theirs before (`DependenciesFinder._update_hash`): another process would not find it.
