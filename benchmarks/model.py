@@ -153,7 +153,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     for row in rows:
         if row["floor"] is not None:
             what = f"training {row['shape']}, B={row['B']}, T={row['T']}: tokens/s of plain"
-            figure = f"`{row['ffn_kv']}` {row['of plain']:.2f} (floor {row['floor']})"
+            figure = f"`{row['ffn_kv']}` {row['of plain']:.3f} (floor {row['floor']})"
             found.setdefault(what, []).append(figure)
     return [(what, ", ".join(figures)) for what, figures in found.items()]
 

@@ -186,7 +186,8 @@ def merge(old: Path, new: Path, by: Sequence[str]) -> None:
             raise ValueError(f"{old} has no row with {dict(zip(by, own, strict=True))}")
         first["rows"][places[own]] = row
     sys.path.insert(0, str(Path(__file__).parent))
-    claims = importlib.import_module(old.stem).claims(first["rows"])
+    script = next(Path(word) for word in first["command"].split() if word.endswith(".py"))
+    claims = importlib.import_module(script.stem).claims(first["rows"])
     first["claims"] = [list(claim) for claim in claims]
     first["command"] += f"; later {second['command'].removeprefix('PYTHONPATH=. python ')}"
     old.write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")

@@ -127,7 +127,7 @@ def test_rows_of_a_later_run_take_their_places(tmp_path: Path) -> None:
 
     def write(name: str, rows: list[dict[str, Any]], **changed: Any) -> Path:
         found = {
-            "title": "A title", "command": f"PYTHONPATH=. python benchmarks/{name}",
+            "title": "A title", "command": f"PYTHONPATH=. python benchmarks/{name}.py --jobs 3",
             "machine": "a GPU", "versions": {}, "setting": "", "rows": rows, "claims": [],
             "picture": None,
         }  # fmt: skip
@@ -139,9 +139,13 @@ def test_rows_of_a_later_run_take_their_places(tmp_path: Path) -> None:
     results.merge(old, write("later", [row(16, 8, 0.8)]), by)
     found = json.loads(old.read_text(encoding="utf-8"))
     assert [x["of plain"] for x in found["rows"]] == [0.5, 0.8, 0.7]
-    assert found["command"] == "PYTHONPATH=. python benchmarks/model; later benchmarks/later"
-    assert found["claims"][1][1] == "`none` 0.80 (floor 0.9)"
+    command = "PYTHONPATH=. python benchmarks/model.py --jobs 3; later benchmarks/later.py --jobs 3"
+    assert found["command"] == command
+    assert found["claims"][1][1] == "`none` 0.800 (floor 0.9)"
+    old = old.rename(tmp_path / "model_other.json")  # of another machine: the same benchmark's
+    results.merge(old, write("later", [row(20, 1, 0.75)]), by)
     before = old.read_bytes()
+    assert [x["of plain"] for x in json.loads(before)["rows"]] == [0.5, 0.8, 0.75]
     for other in (
         write("another", [row(36, 1, 0.8)]),
         write("elsewhere", [row(16, 8, 0.9)], machine="another GPU"),
