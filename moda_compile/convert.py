@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import Node
 
-from moda_compile import capture, fx, markers, pipeline
+from moda_compile import capture, fx, garbage, markers, pipeline
 from moda_compile.backend import Compilation, Compiler, in_ddp
 from moda_compile.config import MoDAConfig
 from moda_compile.errors import InputError, MoDAError, NotRewrittenError, RewriteError
@@ -294,6 +294,11 @@ class _Conversion:
             )
         return _run(self, args, kwargs)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether the next call is the first, which compiles."""
+        return self._compiled is None
+
     def compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """The compiled forward; at the first call, look at the model and ready it first."""
         if self.attentions is None:
@@ -361,6 +366,7 @@ def _run(conversion: _Conversion, args: tuple[Any, ...], kwargs: dict[str, Any])
             "(torch._dynamo.config.disable or TORCH_COMPILE_DISABLE=1), so it would run without "
             "the rewrite. Enable it, or undo the conversion with moda_compile.revert(model)."
         )
+    young = garbage.only_young() if conversion.is_new else nullcontext()
     compiled = conversion.compiled(args, kwargs)
     try:
         # DDP around the model would have Dynamo split the stack into one graph per bucket.
@@ -368,7 +374,7 @@ def _run(conversion: _Conversion, args: tuple[Any, ...], kwargs: dict[str, Any])
         # does spelling out what is not there.
         unsplit = torch._dynamo.config.patch(optimize_ddp=False) if in_ddp() else nullcontext()
         spelled_out = capture.spelled_out() if conversion.spelled_out else nullcontext()
-        with unsplit, spelled_out:
+        with young, unsplit, spelled_out:
             return compiled(conversion.model, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, MoDAError):

@@ -13,7 +13,7 @@ from functorch.compile import make_boxed_func
 from torch.fx import GraphModule
 
 import moda_compile
-from moda_compile import MoDAConfig, capture, garbage
+from moda_compile import MoDAConfig, capture, garbage, pipeline
 from moda_compile.testing import RandomStack, StackConfig
 
 MINE = (500, 7, 9)
@@ -84,7 +84,7 @@ def test_lasts_until_the_last_thread_is_out() -> None:
 
 
 def test_while_a_model_is_looked_at_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward; Inductor's part is left out."""
+    """In convert(), by Dynamo, forward and backward; Inductor's part is left out."""
     seen: list[tuple[str, bool]] = []
 
     def note(what: str) -> None:
@@ -94,16 +94,22 @@ def test_while_a_model_is_looked_at_and_compiled(monkeypatch: pytest.MonkeyPatch
         note("backward" if options.get("is_backward") else "forward")
         return make_boxed_func(gm.forward)
 
-    def spelled_out() -> Any:
-        note("analysis")
-        return original()
+    def noted(what: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            note(what)
+            return function(*args, **kwargs)
 
-    original = capture.spelled_out
-    monkeypatch.setattr(capture, "spelled_out", spelled_out)
+        return call
+
+    monkeypatch.setattr(capture, "spelled_out", noted("analysis", capture.spelled_out))
+    monkeypatch.setattr(pipeline, "transform", noted("rewrite", pipeline.transform))
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", compiled)
     config = StackConfig(layers=2)
     model, inputs = RandomStack(config), config.inputs()
     moda_compile.convert(model, MoDAConfig(), inputs)
     model(*inputs).sum().backward()
-    assert seen == [("analysis", True), ("forward", True), ("backward", True)]
+    assert seen == [(x, True) for x in ("analysis", "rewrite", "forward", "backward")]
     assert gc.get_threshold() == MINE
+    monkeypatch.setattr(garbage, "only_young", noted("again", garbage.only_young))
+    model(*inputs)
+    assert len(seen) == 4
