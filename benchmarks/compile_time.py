@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from results import add_arguments, publish
@@ -34,8 +35,31 @@ SIDES = ("plain", "none", "projected")
 FLOOR = 1.3
 
 
+def compiled_here() -> list[str]:
+    """Names of the kernels that this process has Triton compile from now on, for want of them in
+    its cache.
+    """
+    names: list[str] = []
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            names.append(src.name)
+
+    with contextlib.suppress(ImportError):  # a CPU needs no Triton
+        triton = importlib.import_module("triton")
+        triton.knobs.compilation.listener = listen
+    return names
+
+
+def caches(folder: str) -> dict[str, str]:
+    """Variables of the environment that have Inductor and Triton keep what they make there."""
+    return {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+
+
 def first_step(side: str, layers: int, device: str) -> None:
-    """Print the seconds of the first step, and how many graphs came out of a cache."""
+    """Print the seconds of the first step, how many graphs came out of a cache, and which kernels
+    Triton had to compile in this process.
+    """
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config = StackConfig(
@@ -48,6 +72,7 @@ def first_step(side: str, layers: int, device: str) -> None:
     for name in ("torch._inductor.compile_fx", "triton", "moda_compile.kernels.split"):
         with contextlib.suppress(ImportError):  # a CPU needs no Triton
             importlib.import_module(name)
+    kernels = compiled_here()
     start = time.perf_counter()
     call = torch.compile(model)
     if side != "plain":
@@ -59,15 +84,12 @@ def first_step(side: str, layers: int, device: str) -> None:
     hits = (
         counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
     )
-    print("RESULT", seconds, hits)
+    print("RESULT", seconds, hits, *kernels)
 
 
-def run(side: str, layers: int, device: str, cache: str) -> tuple[float, int]:
-    """The same, in a process of its own with its caches under a folder."""
-    environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
-        "TRITON_CACHE_DIR": f"{cache}/triton",
-    }
+def run(side: str, layers: int, device: str, cache: str) -> tuple[float, int, int]:
+    """Seconds, graphs and how many kernels, in a process of its own with its caches in a folder."""
+    environment = os.environ | caches(cache)
     command = [sys.executable, __file__, "--side", side, "--layers", str(layers)]
     done = subprocess.run(
         [*command, "--device", device], env=environment, capture_output=True, text=True
@@ -75,14 +97,16 @@ def run(side: str, layers: int, device: str, cache: str) -> tuple[float, int]:
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if not found:
         raise RuntimeError(done.stderr[-2000:])
-    _, seconds, hits = found[0].split()
-    return float(seconds), int(hits)
+    _, seconds, hits, *kernels = found[0].split()
+    return float(seconds), int(hits), len(kernels)
 
 
-def cold_and_warm(side: str, layers: int, device: str) -> tuple[str, float, float, int]:
-    """The side, its seconds cold and warm, and how many graphs the second run took from a cache."""
+def cold_and_warm(side: str, layers: int, device: str) -> tuple[str, float, float, int, int]:
+    """The side, its seconds cold and warm, and of the second run how many graphs came out of a
+    cache and how many kernels did not.
+    """
     with tempfile.TemporaryDirectory() as cache:
-        cold, _ = run(side, layers, device, cache)
+        cold, *_ = run(side, layers, device, cache)
         return side, cold, *run(side, layers, device, cache)
 
 
@@ -102,13 +126,14 @@ def main() -> None:
     cold: dict[str, list[float]] = {side: [] for side in SIDES}
     warm: dict[str, list[float]] = {side: [] for side in SIDES}
     hits: dict[str, int] = {}
+    misses: dict[str, int] = {}
     work = [side for _ in range(args.runs) for side in SIDES]
     with ThreadPoolExecutor(args.jobs) as pool:  # its threads wait for processes
         done = pool.map(lambda side: cold_and_warm(side, args.layers, args.device), work)
-        for side, first, second, found in tqdm(done, desc="processes", total=len(work)):
+        for side, first, second, found, made in tqdm(done, desc="processes", total=len(work)):
             cold[side].append(first)
             warm[side].append(second)
-            hits[side] = found
+            hits[side], misses[side] = found, made
     rows = []
     for side in SIDES:
         first, second = (statistics.median(x[side]) for x in (cold, warm))
@@ -119,6 +144,7 @@ def main() -> None:
             {
                 "model": side, "cold s": first, "cold of plain": of_cold, "floor": FLOOR,
                 "warm s": second, "warm of plain": of_warm, "graphs from a cache": hits[side],
+                "kernels compiled": misses[side],
             }
         )  # fmt: skip
     said = ", ".join(f"{row['cold of plain']:.2f}x" for row in rows[1:])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import compile_time  # noqa: E402
+import host_profile  # noqa: E402
 import plain_stack  # noqa: E402
 import readme  # noqa: E402
 import results  # noqa: E402
 
 from moda_compile import MoDAConfig  # noqa: E402
 from moda_compile.testing import check_conversion  # noqa: E402
+from tests.kernels.compiled import compile_for_h100  # noqa: E402
 
 ROWS = [
     {"T": 1024, "kind": "a", "ratio": 0.51234, "floor": 0.5},
@@ -153,3 +158,42 @@ def test_rows_of_a_later_run_take_their_places(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"no row with|machine"):
             results.merge(old, other, by)
     assert old.read_bytes() == before
+
+
+def test_a_tree_of_calls() -> None:
+    tree = host_profile.Call()
+    tree.add(["a", "b", "c"], 2.0)
+    tree.add(["a", "b", "d"], 1.0)
+    tree.add(["a", "b", "e"], 0.01)
+    assert list(tree.lines("all")) == ["  3.01 b", "    2.00 c", "    1.00 d"]
+
+
+def test_stacks_are_looked_at_while_a_thread_works() -> None:
+    tree, done = host_profile.Call(), threading.Event()
+    sampler = threading.Thread(target=host_profile.sample, args=(tree, threading.get_ident(), done))
+    sampler.start()
+
+    def a_function_that_waits() -> None:
+        time.sleep(0.5)
+
+    a_function_that_waits()
+    done.set()
+    sampler.join()
+    assert any(line.endswith("test_results.py a_function_that_waits") for line in tree.lines("all"))
+
+
+def test_kernels_that_are_in_triton_s_cache_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    visible = pytest.importorskip("moda_compile.kernels.visible")
+    if visible.launch.EMULATED:
+        pytest.skip("the kernels are interpreted")
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    for variable, folder in compile_time.caches(str(tmp_path)).items():
+        monkeypatch.setenv(variable, folder)
+    names = compile_time.compiled_here()
+    pointers = {"mask": "*i1", "visible": "*i32"}
+    for chunk in (64, 64, 128):
+        compile_for_h100(visible.visible_keys_kernel, pointers, {"BOOL": True, "CHUNK": chunk})
+    assert names == ["visible_keys_kernel"] * 2
