@@ -26,7 +26,7 @@ ORDER = (
 def found(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and contents of each file of results that there is, in the table's order.
 
-    Another machine's figures of the same benchmark are in a file of their own behind it, such as
+    Another machine's results of the same benchmark are in a file of their own behind it, such as
     model_h200.json: ratios of two machines can't stand in one table.
     """
     for name in ORDER:
@@ -36,15 +36,32 @@ def found(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def render(folder: Path) -> str:
-    """The table as Markdown."""
+    """The table as Markdown: a row for each claim, with a line in it for each machine."""
     lines = ["| what | figure | command |", "| --- | --- | --- |"]
-    for name, result in found(folder):
-        picture = f" ([picture](benchmarks/results/{name}.png))" if result["picture"] else ""
-        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        for number, (what, figure) in enumerate(result["claims"]):
-            source = f"`{result['command']}`{picture}; {result['machine']}, {versions}"
-            lines.append(f"| {what} | {figure} | {source if number == 0 else 'the same'} |")
+    files = list(found(folder))
+    for name in ORDER:
+        own = [(stem, x) for stem, x in files if stem == name or stem.startswith(f"{name}_")]
+        figures: dict[str, list[str]] = {}
+        for _, result in own:
+            for what, figure in result["claims"]:
+                figures.setdefault(what, []).append(f"{short(result['machine'])}: {figure}")
+        sources = "<br>".join(source(stem, result) for stem, result in own)
+        for number, (what, said) in enumerate(figures.items()):
+            made_by = sources if number == 0 else "the same"
+            lines.append(f"| {what} | {'<br>'.join(said)} | {made_by} |")
     return "\n".join(lines)
+
+
+def short(machine: str) -> str:
+    """A machine's name without its maker's, and without what follows."""
+    return machine.removeprefix("NVIDIA ").replace(",", " ").split()[0]
+
+
+def source(name: str, result: dict[str, Any]) -> str:
+    """The command that made a file of results, where it ran, and the picture."""
+    picture = f" ([picture](benchmarks/results/{name}.png))" if result["picture"] else ""
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return f"`{result['command']}`{picture}; {result['machine']}, {versions}"
 
 
 def put_into(readme: str, table: str) -> str:

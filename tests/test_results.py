@@ -78,12 +78,18 @@ def test_what_is_printed(published: Any) -> None:
 
 def test_the_table_of_the_readme(published: Any, tmp_path: Path) -> None:
     lines = readme.render(tmp_path).splitlines()
-    assert lines[2].startswith("| one thing | 0.512 | `PYTHONPATH=. python benchmarks/model.py")
-    assert lines[3] == "| another | 3 | the same |"
-    # Another machine's figures stand behind them.
-    (tmp_path / "model_other.json").write_bytes((tmp_path / "model.json").read_bytes())
-    both = readme.render(tmp_path).splitlines()
-    assert both == [*lines, lines[2].replace("model.png", "model_other.png"), lines[3]]
+    here = readme.short(results.machine())
+    assert lines[2].startswith(f"| one thing | {here}: 0.512 | `PYTHONPATH=. python benchmarks/mod")
+    assert lines[3] == f"| another | {here}: 3 | the same |"
+    # Another machine's figures stand in the same rows, and what only it has behind them.
+    found = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
+    found |= {"machine": "NVIDIA A1 80GB", "claims": [["another", "4"], ["a third", "5"]]}
+    (tmp_path / "model_a1.json").write_text(json.dumps(found), encoding="utf-8")
+    first, second, third = readme.render(tmp_path).splitlines()[2:]
+    assert first.startswith(lines[2].removesuffix(" |") + "<br>`PYTHONPATH=. python benchmarks/mod")
+    assert "model_a1.png)); NVIDIA A1 80GB, " in first
+    assert second == f"| another | {here}: 3<br>A1: 4 | the same |"
+    assert third == "| a third | A1: 5 | the same |"
     text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter"
     assert readme.put_into(text, "new") == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter"
     with pytest.raises(ValueError, match="figures:begin"):
