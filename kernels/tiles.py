@@ -247,7 +247,7 @@ def write_table(
     barrier is one of its own threads. Others write the same numbers to the same place: to
     COPIES places [ROWS, COLUMNS], as thousands of programs queue up for one.
     """
-    ROWS: tl.constexpr = 48
+    ROWS: tl.constexpr = 48  # TABLE_ROWS, which would leave the kernel's key to chance
     own = table + (tl.program_id(0) % COPIES) * (ROWS * COLUMNS)
     _write_rows(
         own, 0, COLUMNS,

@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 triton = pytest.importorskip("triton")
 
 from moda_compile import kernels  # noqa: E402
-from moda_compile.kernels import depth_forward_vector, launch, recorded  # noqa: E402
+from moda_compile.kernels import depth_forward_vector, launch, recorded, tiles  # noqa: E402
 from moda_compile.kernels.recorded import At, Made  # noqa: E402
 from moda_compile.passes import unfold  # noqa: E402
 from tests.kernels import recorded_ahead, recorded_cases  # noqa: E402
@@ -193,6 +193,12 @@ def test_no_function_reads_constants_of_its_module() -> None:
         functions += [x for x in found if isinstance(x, triton.JITFunction)]
     assert len({x.cache_key for x in functions}) >= 40
     assert [(x.__module__, x.__name__) for x in functions if x.used_global_vals] == []
+
+
+def test_a_table_has_a_row_for_each_two_addresses() -> None:
+    addresses = [name for name in tiles.write_table.arg_names if name.startswith("n")]
+    assert len(addresses) == 2 * tiles.TABLE_ROWS
+    assert f"ROWS: tl.constexpr = {tiles.TABLE_ROWS} " in tiles.write_table.src
 
 
 def test_a_launch_waits_for_what_is_compiled_elsewhere(
