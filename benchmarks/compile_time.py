@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import timing
 import torch
 from results import add_arguments, publish
 from torch._dynamo.utils import counters
@@ -78,8 +79,7 @@ def first_step(side: str, layers: int, device: str) -> None:
     if side != "plain":
         call = moda_compile.convert(model, MoDAConfig(ffn_kv=side), (tokens,))  # type: ignore[arg-type]
     call(tokens).float().square().mean().backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    timing.synchronize()
     seconds = time.perf_counter() - start
     hits = (
         counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]

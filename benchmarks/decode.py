@@ -177,19 +177,14 @@ def make_cache(shape: Shape, batch: int, context: int) -> Cache:
     return cache
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(step: Callable[[], Any], calls: int) -> float:
     """Of one step, the mean of a few: all of them are enqueued before the host waits."""
-    synchronize()
+    timing.synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         torch.compiler.cudagraph_mark_step_begin()
         step()
-    synchronize()
+    timing.synchronize()
     return (time.perf_counter() - start) / calls
 
 

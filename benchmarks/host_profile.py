@@ -48,7 +48,7 @@ class Call:
     def lines(self, name: str, depth: int = 0) -> Iterator[str]:
         """The tree, indented."""
         here = self
-        while len(found := [x for x in here.inner.items() if x[1].seconds > _ALONE * self.seconds]):
+        while found := [x for x in here.inner.items() if x[1].seconds > _ALONE * self.seconds]:
             name, here = found[0]
         yield f"{'  ' * depth}{self.seconds:6.2f} {name}"
         for inner, call in sorted(here.inner.items(), key=lambda x: -x[1].seconds):
@@ -93,9 +93,11 @@ def main() -> None:
         tree, done = Call(), threading.Event()
         sampler = threading.Thread(target=sample, args=(tree, threading.get_ident(), done))
         sampler.start()
-        compile_time.first_step(arguments.side, arguments.layers, arguments.device)
-        done.set()
-        sampler.join()
+        try:
+            compile_time.first_step(arguments.side, arguments.layers, arguments.device)
+        finally:  # or the process would wait for it for ever
+            done.set()
+            sampler.join()
     print("\n".join(tree.lines("all")))
 
 

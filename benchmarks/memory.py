@@ -17,7 +17,7 @@ from typing import Any
 
 import timing
 import torch
-from model import SHAPES, VARIANTS, step_of, synchronize
+from model import SHAPES, VARIANTS, step_of
 from results import Picture, add_arguments, publish
 from tqdm import tqdm
 
@@ -30,11 +30,11 @@ def peak(shape: Any, variant: str) -> tuple[float, float]:
     step = step_of(shape, VARIANTS[variant])
     step()
     step()
-    synchronize()
+    timing.synchronize()
     before = torch.cuda.memory_allocated() / 2**20
     torch.cuda.reset_peak_memory_stats()
     step()
-    synchronize()
+    timing.synchronize()
     return torch.cuda.max_memory_allocated() / 2**20, before
 
 

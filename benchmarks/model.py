@@ -64,20 +64,6 @@ def step_of(shape: Shape, options: MoDAConfig | None) -> Callable[[], None]:
     return step
 
 
-def milliseconds(step: Callable[[], None]) -> float:
-    """Of one step on the GPU, from its first launch to its last kernel."""
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return (time.perf_counter() - start) * 1e3
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def measure(name: str, shape: Shape, seconds: float, floors: bool) -> list[dict[str, Any]]:
     """The rows of one shape."""
     torch._dynamo.reset()
@@ -86,7 +72,7 @@ def measure(name: str, shape: Shape, seconds: float, floors: bool) -> list[dict[
         start = time.perf_counter()
         steps[variant] = step_of(shape, options)
         steps[variant]()
-        synchronize()
+        timing.synchronize()
         compiling[variant] = time.perf_counter() - start
         if DEVICE == "cuda":
             torch.cuda.empty_cache()  # other rows are compiled beside this one
@@ -103,7 +89,7 @@ def measure(name: str, shape: Shape, seconds: float, floors: bool) -> list[dict[
         while time.perf_counter() < end or len(samples["plain"]) < 5:
             for variant, step in steps.items():
                 step()  # several of one kind at a time: a model's own steady state
-                samples[variant] += [milliseconds(step) for _ in range(3)]
+                samples[variant] += [timing.once(step) for _ in range(3)]
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
     rows = []

@@ -24,23 +24,27 @@ ORDER = (
 
 
 def found(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and contents of each file of results that there is, in the table's order.
+    """Name and contents of each file of results that there is, in the table's order."""
+    for name in ORDER:
+        yield from of_benchmark(folder, name)
+
+
+def of_benchmark(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and contents of one benchmark's files of results.
 
     Another machine's results of the same benchmark are in a file of their own behind it, such as
     model_h200.json: ratios of two machines can't stand in one table.
     """
-    for name in ORDER:
-        for file in (folder / f"{name}.json", *sorted(folder.glob(f"{name}_*.json"))):
-            if file.exists():
-                yield file.stem, json.loads(file.read_text(encoding="utf-8"))
+    for file in (folder / f"{name}.json", *sorted(folder.glob(f"{name}_*.json"))):
+        if file.exists():
+            yield file.stem, json.loads(file.read_text(encoding="utf-8"))
 
 
 def render(folder: Path) -> str:
     """The table as Markdown: a row for each claim, with a line in it for each machine."""
     lines = ["| what | figure | command |", "| --- | --- | --- |"]
-    files = list(found(folder))
     for name in ORDER:
-        own = [(stem, x) for stem, x in files if stem == name or stem.startswith(f"{name}_")]
+        own = list(of_benchmark(folder, name))
         figures: dict[str, list[str]] = {}
         for _, result in own:
             for what, figure in result["claims"]:

@@ -4,20 +4,19 @@
 
 Forward + backward, causal, bf16, each of those that `kernels.choose` may take. cuDNN builds a plan
 for each shape that a thread has not seen, forward and backward; "first over later" is how many of
-the later calls that takes. A new length for each row, so no row finds another's plan.
+the later calls that takes. Each row is of another shape, so none finds another's plan.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from results import add_arguments, publish
-from timing import milliseconds
+from timing import milliseconds, once
 from tqdm import tqdm
 
 from moda_compile.kernels import available_sequence_kernels, sequence
@@ -26,7 +25,9 @@ NAMES = ("cudnn", "flash")
 HEADS = ((16, 16, 64), (16, 8, 64), (32, 8, 128))  # query heads, key heads, head_dim
 
 
-def both_passes(name: str, batch: int, tokens: int, heads: tuple[int, int, int]) -> Any:
+def both_passes(
+    name: str, batch: int, tokens: int, heads: tuple[int, int, int]
+) -> Callable[[], None]:
     """A call of one attention, forward and backward."""
     hq, hk, d = heads
 
@@ -42,15 +43,6 @@ def both_passes(name: str, batch: int, tokens: int, heads: tuple[int, int, int])
         sequence.backward(name, grad, q, k, v, out, lse, **options)
 
     return call
-
-
-def once(call: Callable[[], None]) -> float:
-    """Milliseconds of one call, the host's time included."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
 
 
 def rows(lengths: list[int], batch: int, names: list[str]) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import model
+import timing
 import torch
 from results import add_arguments, publish
 from torch.autograd import DeviceType
@@ -55,7 +56,7 @@ def main() -> None:
         step = model.step_of(shape, options)
         for _ in range(4):
             step()
-        taken = statistics.median(model.milliseconds(step) for _ in range(9))
+        taken = statistics.median(timing.once(step) for _ in range(9))
         found = kernels(step)
         busy = sum(ms for ms, _ in found.values())
         own: list[tuple[str, float, float | None]]

@@ -22,6 +22,21 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return float(triton.testing.do_bench(call, warmup=10, rep=60, return_mode="median"))
 
 
+def once(call: Callable[[], Any]) -> float:
+    """Milliseconds of one call: on a GPU from its first launch to its last kernel."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def copy_bandwidth() -> float:
     """Bytes a millisecond of a large device copy, read and written counted."""
     source = torch.randn(1 << 28, device="cuda")
