@@ -317,14 +317,20 @@ def _compile(read: _Launch, target: GPUTarget, folder: str) -> Any:
         return triton.compile(source, target=target, options=read.options)
 
 
+@functools.cache
 def _set_assembler() -> None:
     """Have Triton use PyTorch's assembler, where there is one, as Inductor does in its processes:
     the version is part of the key of what they leave in Triton's cache.
+
+    Triton asks an assembler for its version once. Inductor has it ask before this, for keys of its
+    own, so that it would be that of another one.
     """
-    with contextlib.suppress(ImportError):  # PyTorch's own business
+    with contextlib.suppress(ImportError, AttributeError):  # PyTorch's and Triton's own business
         from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+        from triton.backends.nvidia.compiler import get_ptxas_version
 
         _set_triton_ptxas_path()
+        get_ptxas_version.cache_clear()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -170,17 +171,43 @@ def test_another_process_leaves_it_in_triton_s_cache(tmp_path: Path) -> None:
     assert [x.stat().st_mtime_ns for x in folder.rglob("*.cubin")] == [before]
 
 
-def test_compiled_with_the_assembler_of_inductor_s_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PyTorch's own, where it brings one: its version is in the key of a kernel, too."""
+@pytest.fixture
+def other_assembler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The version of an assembler that PyTorch brings, and has Triton use in its processes."""
     from torch._inductor.runtime import compile_tasks
+    from triton.backends.nvidia.compiler import get_ptxas_version
 
-    done: list[str] = []
-    monkeypatch.setattr(compile_tasks, "_set_triton_ptxas_path", lambda: done.append("set"))
-    monkeypatch.setattr(triton, "compile", lambda *_, **__: done.append("compiled"))
+    path, variable = tmp_path / "ptxas", "TRITON_PTXAS_PATH"
+    path.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.3, V12.3.45\n")
+    path.chmod(0o755)
+    monkeypatch.setenv(variable, "")  # to be put back
+    monkeypatch.delenv(variable)
+    bring = functools.partial(os.environ.__setitem__, variable, str(path))
+    monkeypatch.setattr(compile_tasks, "_set_triton_ptxas_path", bring)
+    caches = (recorded._set_assembler, get_ptxas_version)
+    for cached in caches:
+        cached.cache_clear()
+    yield "V12.3.45"
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_kept_under_the_version_of_the_assembler_of_inductor_s_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_assembler: str, asked_before: bool
+) -> None:
+    """Also where Inductor has had Triton ask its own, for a key of a graph."""
+    seen: list[str] = []
+
+    def compile(*_: Any, target: Any, **__: Any) -> None:
+        seen.append(triton.compiler.make_backend(target).hash())
+
+    if asked_before:
+        assert other_assembler not in triton.compiler.make_backend(H100).hash()
+    monkeypatch.setattr(triton, "compile", compile)
     recorded._compile(recorded._read(text()), H100, str(tmp_path))
-    assert done == ["set", "compiled"]
+    assert len(seen) == 1
+    assert other_assembler in seen[0]
 
 
 def test_no_function_reads_constants_of_its_module() -> None:
