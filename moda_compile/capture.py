@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-from moda_compile import fx, garbage
+from moda_compile import fx
 from moda_compile.errors import RewriteError
 from moda_compile.markers import Hold, marked, remove_hooks
 
@@ -163,13 +163,7 @@ def _look(
     remove_hooks(twin_model, Hold)
     # Whatever keeps Dynamo from compiling where this is called, here it only has to look.
     looking = torch._dynamo.config.patch(disable=False, suppress_errors=False)
-    with (
-        garbage.only_young(),
-        torch.compiler.set_stance("default"),
-        looking,
-        spelled_out(),
-        mode,
-    ):
+    with torch.compiler.set_stance("default"), looking, spelled_out(), mode:
         inputs, keywords = tree_map(fake, (tuple(args), dict(kwargs)))
         traced = torch.compile(entry(forward), backend=backend, dynamic=False, fullgraph=fullgraph)
         traced(twin_model, *inputs, **keywords)

@@ -222,10 +222,9 @@ def _plans(
     model: nn.Module, args: Any, kwargs: dict[str, Any], config: MoDAConfig, *, strict: bool
 ) -> list[Plan]:
     """One for each graph of ``model`` that holds attentions."""
-    found = (
-        pipeline.analyse(gm, config, strict=strict)
-        for gm in capture.graphs(model, _forward_of(model), args, kwargs)
-    )
+    with garbage.only_young():
+        graphs = capture.graphs(model, _forward_of(model), args, kwargs)
+        found = [pipeline.analyse(gm, config, strict=strict) for gm in graphs]
     return [plan for plan in found if plan.attentions or plan.refusals]
 
 

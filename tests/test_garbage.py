@@ -65,6 +65,31 @@ def test_the_young_are_collected_and_all_afterwards() -> None:
     assert work()[0] > 0
 
 
+@pytest.mark.usefixtures("nothing_old")
+def test_one_that_has_come_due_meanwhile_waits_as_after_one() -> None:
+    def work(count: int) -> int:
+        before = collections_of_all()
+        for _ in range(count):
+            kept.append([])
+        return collections_of_all() - before
+
+    kept: list[Any] = []
+    most = MINE[0] * (MINE[1] + 1) * MINE[2]  # objects before the middle ones have had their turns
+    gc.unfreeze()  # what was frozen may not be thawed: see the next
+    with garbage.only_young():
+        assert work(2 * most) == 0
+    assert work(most // 2) == 0
+    assert work(most) > 0
+
+
+def test_what_is_frozen_stays_frozen(nothing_old: None) -> None:
+    frozen = gc.get_freeze_count()
+    assert frozen > 0
+    with garbage.only_young():
+        pass
+    assert gc.get_freeze_count() == frozen
+
+
 def test_nested_and_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), garbage.only_young():
         with garbage.only_young():
