@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, cast
 
 import torch
@@ -53,22 +53,25 @@ _ALLOCATIONS = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_
 
 def run(graph: Graph) -> None:
     """Replace the operators that can be traced, in place."""
-    changed = False
+    nodes = [node for node in graph.nodes if _is_traceable(node)]
+    for node in nodes:
+        if node.target is _own.depth_gather.default:
+            _keep_sums(graph, node)
     with _forgetting_kernels():
-        for node in list(graph.nodes):
-            traceable = _TRACEABLE.get(node.target)
-            if traceable is None or not all(map(_plain, node.all_input_nodes)):
-                continue
-            if traceable(_call_by_name(node)):
-                if node.target is _own.depth_gather.default:
-                    _keep_sums(graph, node)
-                changed |= _replace(graph, node)
+        # A slot is read by every layer behind it, and a trace looks at each of its inputs.
+        changed = _replace(graph, nodes) or any([_replace(graph, [node]) for node in nodes])
     if changed:
         launches.teach_inductor()
         _turn_parts(graph)
         _keep_operands(graph)
         _compile_ahead(graph)
         graph.lint()
+
+
+def _is_traceable(node: Node) -> bool:
+    traceable = _TRACEABLE.get(node.target)
+    plain = traceable is not None and all(map(_plain, node.all_input_nodes))
+    return plain and traceable(_call_by_name(node))  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -170,51 +173,80 @@ def _call_by_name(node: Node) -> dict[str, Any]:
     return {name: traced.values(x) for name, x in found.items()}
 
 
-def _replace(graph: Graph, node: Node) -> bool:
-    """Put the operator's body in its place; False, and nothing changed, if it isn't the same."""
-    body = _traced(node)
-    expected = traced.value(node)
-    single = isinstance(expected, Tensor)
-    forms = [_form(x) for x in ([expected] if single else expected)]
-    if [_form(traced.value(x)) for x in _outputs(body)] != forms:
+def _replace(graph: Graph, nodes: list[Node]) -> bool:
+    """Put the operators' bodies in their places, traced as one; False, and nothing changed, if one
+    of them isn't the same.
+    """
+    if not nodes:
         return False
+    inputs = [*dict.fromkeys(x for node in nodes for x in node.all_input_nodes)]
+    body = _traced(nodes, inputs)
+    made = cast(list[list[Node]], body.output_node().args[0])
+    for node, results in zip(nodes, made, strict=True):
+        if [_form(traced.value(x)) for x in results] != [_form(x) for x in _results(node)]:
+            return False
     if any(x.op == "get_attr" for x in body.nodes) or not _record(body):
         return False
-    copies: dict[Node, Node] = dict(
-        zip(body.find_nodes(op="placeholder"), node.all_input_nodes, strict=True)
-    )
-    with graph.inserting_before(node):
-        graph.graph_copy(body, copies)
+    made = cast(list[list[Node]], body.output_node().args[0])
+    order = {x: place for place, x in enumerate(body.nodes)}
+    stands_for = dict(zip(inputs, body.find_nodes(op="placeholder"), strict=True))
+    taken = [[stands_for[x] for x in node.all_input_nodes] for node in nodes]
+    copies: dict[Node, Node] = {}
+    for node, results, placeholders in zip(nodes, made, taken, strict=True):
+        # By now what an operator before made is what its body made.
+        copies.update(zip(placeholders, node.all_input_nodes, strict=True))
+        with graph.inserting_before(node):
+            for x in sorted(_before(results, copies), key=order.__getitem__):
+                copies[x] = graph.node_copy(x, copies.__getitem__)
+        _put(graph, node, [copies[x] for x in results])
     for launch in _launches(body):
         _give_addresses(copies[launch])
-    results = [copies[x] for x in _outputs(body)]
-    if single:
+    return True
+
+
+def _results(node: Node) -> list[Tensor]:
+    found = traced.value(node)
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def _before(results: list[Node], known: Container[Node]) -> set[Node]:
+    """The nodes that make them, those known left out."""
+    found: set[Node] = set()
+    waiting = list(results)
+    while waiting:
+        x = waiting.pop()
+        if x not in known and x not in found:
+            found.add(x)
+            waiting += x.all_input_nodes
+    return found
+
+
+def _put(graph: Graph, node: Node, results: list[Node]) -> None:
+    """Have results in a call's place."""
+    if isinstance(traced.value(node), Tensor):
         node.replace_all_uses_with(results[0])
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[cast(int, user.args[1])])
         graph.erase_node(user)
     graph.erase_node(node)
-    return True
 
 
-def _traced(node: Node) -> Graph:
-    """The graph of the operator's function; its inputs are the node's."""
-    inputs = node.all_input_nodes
+def _traced(nodes: list[Node], inputs: list[Node]) -> Graph:
+    """The graph of the operators' functions, of all their inputs; it returns each one's results."""
 
-    def call(*tensors: Tensor) -> Any:
+    def call(*tensors: Tensor) -> list[list[Tensor]]:
         given = dict(zip(inputs, tensors, strict=True))
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        return registration.function(node.target)(*args, **kwargs)
+        made = []
+        for node in nodes:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+            results = registration.function(node.target)(*args, **kwargs)
+            made.append([results] if isinstance(results, Tensor) else list(results))
+        return made
 
     with traced.value(inputs[0]).fake_mode:
         trace = make_fx(call, decomposition_table=select_decomp_table())
         return trace(*map(traced.value, inputs)).graph
-
-
-def _outputs(body: Graph) -> list[Node]:
-    (made,) = body.output_node().args
-    return [made] if isinstance(made, Node) else list(made)  # type: ignore[arg-type]
 
 
 def _record(body: Graph) -> bool:
