@@ -4,13 +4,16 @@
 
 Stacks of the thread that works, the one of backward while the main one waits for it, looked at
 every 10 ms: a tree of calls with the seconds in each, those that only call one other left out. A
-second run with the same folder starts from Inductor's caches. Each kernel that this process had
-Triton compile, for want of it in its cache, is named.
+thread that gives Python up often gets it back at once, before the one that looks: what passes then
+stands apart, as does what Python's collections of all its objects take. A second run with the same
+folder starts from Inductor's caches. Each kernel that this process had Triton compile, for want of
+it in its cache, is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -27,6 +30,8 @@ import torch
 _EVERY = 0.01  # seconds
 _LEAST = 0.15  # seconds of a call that is shown
 _ALONE = 0.93  # of a call's time in one other: it is left out
+_LATE = 0.1  # seconds since the last look: nobody knows what was done meanwhile
+_UNSEEN = "not looked at"
 _BACKWARD = "_engine_run_backward"  # where a thread waits for that of backward
 
 
@@ -70,14 +75,29 @@ def sample(tree: Call, main: int, done: threading.Event) -> None:
     """Until done, add what works to the tree."""
     last = time.perf_counter()
     while not done.wait(_EVERY):
-        frames = sys._current_frames()
+        frames, now = sys._current_frames(), time.perf_counter()
         names = stack(frames.get(main))
         if names and names[-1].endswith(_BACKWARD):
             others = [stack(frame) for thread, frame in frames.items() if thread != main]
             names += next((x for x in others if x[0].startswith("autograd/function.py")), [])
-        now = time.perf_counter()
-        tree.add(names, now - last)
+        tree.add(names if now - last < _LATE else [_UNSEEN], now - last)
         last = now
+
+
+class Collections:
+    """Counts Python's collections of all its objects, as one of `gc.callbacks`."""
+
+    def __init__(self) -> None:
+        self.count, self.seconds, self.start = 0, 0.0, 0.0
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        if info["generation"] < 2:
+            return
+        if phase == "start":
+            self.start = time.perf_counter()
+        else:
+            self.count += 1
+            self.seconds += time.perf_counter() - self.start
 
 
 def main() -> None:
@@ -92,13 +112,17 @@ def main() -> None:
         os.environ.update(compile_time.caches(str(arguments.cache or new)))
         tree, done = Call(), threading.Event()
         sampler = threading.Thread(target=sample, args=(tree, threading.get_ident(), done))
+        collections = Collections()
+        gc.callbacks.append(collections)
         sampler.start()
         try:
             compile_time.first_step(arguments.side, arguments.layers, arguments.device)
         finally:  # or the process would wait for it for ever
             done.set()
             sampler.join()
+            gc.callbacks.remove(collections)
     print("\n".join(tree.lines("all")))
+    print(f"{collections.count} collections of all objects, {collections.seconds:.2f} s")
 
 
 if __name__ == "__main__":

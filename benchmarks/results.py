@@ -169,8 +169,11 @@ def draw(file: Path) -> None:
     figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
-def merge(old: Path, new: Path, by: Sequence[str]) -> None:
+def merge(old: Path, new: Path, by: Sequence[str], *, add: bool = False) -> None:
     """Replace rows of ``old`` by the ones of ``new`` that are the same in the columns ``by``.
+
+    Args:
+        add: append rows of ``new`` that have no place: a run that was cut short is gone on with.
 
     Raises:
         ValueError: if the two are of different machines or versions, or a row has no place.
@@ -182,9 +185,12 @@ def merge(old: Path, new: Path, by: Sequence[str]) -> None:
     places = {tuple(row[x] for x in by): i for i, row in enumerate(first["rows"])}
     for row in second["rows"]:
         own = tuple(row[x] for x in by)
-        if own not in places:
+        if own in places:
+            first["rows"][places[own]] = row
+        elif add:
+            first["rows"].append(row)
+        else:
             raise ValueError(f"{old} has no row with {dict(zip(by, own, strict=True))}")
-        first["rows"][places[own]] = row
     sys.path.insert(0, str(Path(__file__).parent))
     script = next(Path(word) for word in first["command"].split() if word.endswith(".py"))
     claims = importlib.import_module(script.stem).claims(first["rows"])
@@ -200,8 +206,9 @@ def main() -> None:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--by", nargs="+", required=True, help="columns that name a row")
+    parser.add_argument("--add", action="store_true", help="append rows that have no place")
     arguments = parser.parse_args()
-    merge(arguments.old, arguments.new, arguments.by)
+    merge(arguments.old, arguments.new, arguments.by, add=arguments.add)
 
 
 if __name__ == "__main__":

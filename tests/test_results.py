@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import threading
@@ -164,6 +165,9 @@ def test_rows_of_a_later_run_take_their_places(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"no row with|machine"):
             results.merge(old, other, by)
     assert old.read_bytes() == before
+    results.merge(old, write("rest", [row(36, 1, 0.8), row(16, 1, 0.4)]), by, add=True)
+    ratios = [x["of plain"] for x in json.loads(old.read_bytes())["rows"]]
+    assert ratios == [0.4, 0.8, 0.75, 0.8]
 
 
 def test_a_tree_of_calls() -> None:
@@ -186,6 +190,24 @@ def test_stacks_are_looked_at_while_a_thread_works() -> None:
     done.set()
     sampler.join()
     assert any(line.endswith("test_results.py a_function_that_waits") for line in tree.lines("all"))
+
+
+def test_time_without_a_look_and_collections_stand_apart() -> None:
+    tree, done = host_profile.Call(), threading.Event()
+    sampler = threading.Thread(target=host_profile.sample, args=(tree, threading.get_ident(), done))
+    collections = host_profile.Collections()
+    gc.callbacks.append(collections)
+    sampler.start()
+    sum(range(50_000_000))  # one call of C, which keeps Python to itself
+    gc.collect(1)
+    assert collections.count == 0
+    gc.collect()
+    done.set()
+    sampler.join()
+    gc.callbacks.remove(collections)
+    assert tree.inner["not looked at"].seconds > 0.1
+    assert collections.count == 1
+    assert collections.seconds > 0
 
 
 def test_kernels_that_are_in_triton_s_cache_are_not_counted(
