@@ -70,8 +70,9 @@ def run(graph: Graph) -> None:
 
 def _is_traceable(node: Node) -> bool:
     traceable = _TRACEABLE.get(node.target)
-    plain = traceable is not None and all(map(_plain, node.all_input_nodes))
-    return plain and traceable(_call_by_name(node))  # type: ignore[misc]
+    if traceable is None or not all(map(_plain, node.all_input_nodes)):
+        return False
+    return traceable(_call_by_name(node))
 
 
 @contextlib.contextmanager
