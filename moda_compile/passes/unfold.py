@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,13 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moda_compile import gathered, launches, registration, traced  # noqa: F401  (gathered: operators)
+from moda_compile import (  # noqa: F401  (gathered: operators)
+    fx,
+    gathered,
+    launches,
+    registration,
+    traced,
+)
 
 _own = torch.ops.moda_compile
 _aten = torch.ops.aten
@@ -59,7 +65,10 @@ def run(graph: Graph) -> None:
             _keep_sums(graph, node)
     with _forgetting_kernels():
         # A slot is read by every layer behind it, and a trace looks at each of its inputs.
-        changed = _replace(graph, nodes) or any([_replace(graph, [node]) for node in nodes])
+        changed = _replace(graph, nodes)
+        if not changed:
+            for node in nodes:
+                changed |= _replace(graph, [node])
     if changed:
         launches.teach_inductor()
         _turn_parts(graph)
@@ -182,22 +191,21 @@ def _replace(graph: Graph, nodes: list[Node]) -> bool:
         return False
     inputs = [*dict.fromkeys(x for node in nodes for x in node.all_input_nodes)]
     body = _traced(nodes, inputs)
-    made = cast(list[list[Node]], body.output_node().args[0])
-    for node, results in zip(nodes, made, strict=True):
+    for node, results in zip(nodes, _made(body), strict=True):
         if [_form(traced.value(x)) for x in results] != [_form(x) for x in _results(node)]:
             return False
     if any(x.op == "get_attr" for x in body.nodes) or not _record(body):
         return False
-    made = cast(list[list[Node]], body.output_node().args[0])
     order = {x: place for place, x in enumerate(body.nodes)}
     stands_for = dict(zip(inputs, body.find_nodes(op="placeholder"), strict=True))
     taken = [[stands_for[x] for x in node.all_input_nodes] for node in nodes]
     copies: dict[Node, Node] = {}
-    for node, results, placeholders in zip(nodes, made, taken, strict=True):
+    for node, results, placeholders in zip(nodes, _made(body), taken, strict=True):
         # By now what an operator before made is what its body made.
         copies.update(zip(placeholders, node.all_input_nodes, strict=True))
         with graph.inserting_before(node):
-            for x in sorted(_before(results, copies), key=order.__getitem__):
+            own = {x for y in results for x in fx.upstream(y, copies.__contains__)} - copies.keys()
+            for x in sorted(own, key=order.__getitem__):
                 copies[x] = graph.node_copy(x, copies.__getitem__)
         _put(graph, node, [copies[x] for x in results])
     for launch in _launches(body):
@@ -210,16 +218,9 @@ def _results(node: Node) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else list(found)
 
 
-def _before(results: list[Node], known: Container[Node]) -> set[Node]:
-    """The nodes that make them, those known left out."""
-    found: set[Node] = set()
-    waiting = list(results)
-    while waiting:
-        x = waiting.pop()
-        if x not in known and x not in found:
-            found.add(x)
-            waiting += x.all_input_nodes
-    return found
+def _made(body: Graph) -> list[list[Node]]:
+    """What each of the operators makes."""
+    return cast(list[list[Node]], body.output_node().args[0])
 
 
 def _put(graph: Graph, node: Node, results: list[Node]) -> None:

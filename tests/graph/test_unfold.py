@@ -173,18 +173,19 @@ def whole_layer(
 
 
 def test_one_that_would_make_another_layout_stays_and_the_others_go() -> None:
-    """Of two layers, whose functions are traced together; the second reads what the first made."""
+    """Of three layers, whose functions are traced together; each reads what the one before made."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         first, _ = OPS.depth_attention(q, k, v, [], [], True, 0.125)
         second, _ = OPS.depth_attention(first, k, v, [k], [v], True, 0.125)
-        return second
+        third, _ = OPS.depth_attention(second, k, v, [k], [v], True, 0.125)
+        return third
 
-    for odd in (None, 0, 1):
+    for odd in (None, 0, 1, 2):
         with FakeTensorMode():
             graph = make_fx(call)(*(tensor() for _ in range(3))).graph
             nodes = own(graph)
-            assert len(nodes) == 2
+            assert len(nodes) == 3
             if odd is not None:
                 out, lse = nodes[odd].meta["val"]
                 nodes[odd].meta["val"] = (
@@ -194,9 +195,9 @@ def test_one_that_would_make_another_layout_stays_and_the_others_go() -> None:
             unfold.run(graph)
             graph.lint()
         assert own(graph) == ([] if odd is None else [nodes[odd]])
-        assert len(launches(graph)) == (odd != 1)
+        assert len(launches(graph)) == 2 - (odd in (1, 2))
         platform = ATEN._scaled_dot_product_cudnn_attention.default
-        assert len(graph.find_nodes(op="call_function", target=platform)) == 2 - (odd is not None)
+        assert len(graph.find_nodes(op="call_function", target=platform)) == 3 - (odd is not None)
 
 
 def test_backward_and_gathering() -> None:
