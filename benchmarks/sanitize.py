@@ -67,6 +67,7 @@ def checks() -> Iterator[tuple[str, Callable[[], str]]]:
     gather = check_gather.Case(t=17, readers=(3, 2))
     for own in (
         gather,
+        replace(gather, g=2, readers=(5, 4)),
         replace(gather, g=2, d=76, layout="slice"),
         replace(gather, g=4, made=FP32, readers=(3, 1)),
         replace(gather, readers=(5, 4, 3, 2), begun=2),

@@ -27,13 +27,15 @@ class Tile:
     """tokens: tokens a program; slots: depth slots a step; warps, stages: launch options.
 
     Of a vector kernel: tokens are rows, of one (token, key/value head) each, and with 2 stages a
-    step's slots are loaded a step ahead, into registers.
+    step's slots are loaded a step ahead, into registers; with more, stages - 1 steps ahead, into
+    shared memory. registers: the most a thread may have, or None: what the compiler likes.
     """
 
     tokens: int
     slots: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def padded(n: int) -> int:
@@ -68,14 +70,19 @@ def products(*, head_dim: int, group: int, dtype: torch.dtype) -> Products:
     return "vector" if group * elements <= _VECTOR_STATE else "matrix"
 
 
-def vector_forward_tile(*, head_dim: int, group: int, dtype: torch.dtype, width: int) -> Tile:
+def vector_forward_tile(
+    *, head_dim: int, group: int, dtype: torch.dtype, width: int, capability: tuple[int, int]
+) -> Tile:
     """Tile of the forward vector kernel.
 
     Args:
         head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
         width: elements of a slot's row that a thread can load at once: 16 bytes, or fewer where
             the rows' addresses don't allow it.
+        capability: (major, minor) compute capability; (0, 0) if unknown.
     """
+    if _copied(head_dim, group, dtype, width, capability):
+        return _copying(head_dim, width)
     # Measured on an H100. Loading a step ahead is 7% faster at groups of 2 and 3, level at 1 and 4,
     # and for 4 takes more registers than two programs an SM leave. Where an access is half as wide,
     # two of them a thread are 13% faster than one.
@@ -85,46 +92,108 @@ def vector_forward_tile(*, head_dim: int, group: int, dtype: torch.dtype, width:
     return _rows(head_dim, wide, slots=4 if group <= 4 else 2, stages=1)
 
 
-def vector_backward_tile(*, head_dim: int, group: int, width: int) -> Tile:
+def vector_backward_tile(
+    *,
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    width: int,
+    capability: tuple[int, int],
+    accumulate: bool,
+) -> Tile:
     """Tile of the backward vector kernel; arguments as for `vector_forward_tile`, but width that of
-    the slot's and its gradients' rows together.
+    the slot's and its gradients' rows together. accumulate: it adds to gradients.
     """
+    if not accumulate and _copied(head_dim, group, dtype, width, capability):
+        return _copying(head_dim, width)
     return _rows(head_dim, min(width, 4), slots=2 if group <= 2 else 1, stages=2)
 
 
-def vector_query_tile(*, head_dim: int, group: int, width: int) -> Tile:
+def vector_query_tile(
+    *, head_dim: int, group: int, dtype: torch.dtype, width: int, capability: tuple[int, int]
+) -> Tile:
     """Tile of the backward vector kernel without the slots' gradients; arguments as for
     `vector_forward_tile`.
     """
+    if _copied(head_dim, group, dtype, width, capability):
+        return _copying(head_dim, width)
     # Measured on an H200. From a group of 3 on instructions bind rather than the memory: accesses
     # of 8 elements take the fewest and leave no registers for loads ahead; 17 to 27% faster than
     # accesses of 4 with them.
     return _rows(head_dim, width, slots=2, stages=2 if group <= 2 or width <= 4 else 1)
 
 
-def gather_tile(*, head_dim: int, group: int, width: int, slots: int) -> Tile:
+def gather_tile(
+    *,
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    width: int,
+    capability: tuple[int, int],
+    slots: int,
+) -> Tile:
     """Tile of the gather kernel, which keeps k, v, dk and dv of its slots in registers; its slots
     are the readers a step.
 
     Args:
-        head_dim: d. group: query heads per key/value head.
-        width: as for `vector_backward_tile`. slots: of a launch.
+        head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
+        width: as for `vector_backward_tile`. capability: as for `vector_forward_tile`.
+        slots: of a launch.
     """
-    # Measured on an H100, d=64: full accesses with two readers a step are 6% faster than half ones
-    # at a group of 1, and 7% faster than one reader at 2. Of four slots, half accesses keep
-    # everything in registers, and at a group of 2 one reader does: 722 us, with two of them 1149.
+    # Measured on an H200, d=64: of four slots, half accesses keep everything in registers, and at a
+    # group of 2 one reader does: 722 us, with two of them 1149.
     if slots > 2:
         return _rows(head_dim, min(width, 4), slots=2 if group == 1 else 1, stages=2)
+    full = width * dtype.itemsize >= 16
+    if group > 1 and full and _copies(capability):
+        # As in `_copied`, which is 18, 32 and 30% faster at groups of 2, 3 and 4, and also with
+        # padding. With a limit of registers the assembler begins copies among a step's arithmetic
+        # rather than behind it, even where it would take no more: 456 us for 523 at a group of 2.
+        registers = 128 if group <= 3 else 168
+        return _rows(head_dim, width, slots=1, stages=3, warps=2, registers=registers)
+    # Full accesses with two readers a step are 6% faster than half ones at a group of 1, and 7%
+    # faster than one reader at 2. At a head_dim of 80 and 96 it is 7 to 9% faster to have more
+    # programs run than to have every register that is asked for, at 64 it is 7% slower.
     if group <= 2:
-        return _rows(head_dim, width, slots=2, stages=2)
+        limit = 128 if full and padded(head_dim) > head_dim else None
+        return _rows(head_dim, width, slots=2, stages=2, registers=limit)
     return _rows(head_dim, min(width, 4), slots=1, stages=2)
 
 
-def _rows(head_dim: int, width: int, *, slots: int, stages: int) -> Tile:
+def _copied(
+    head_dim: int, group: int, dtype: torch.dtype, width: int, capability: tuple[int, int]
+) -> bool:
+    """Whether a vector kernel has the slots of its next steps copied to shared memory.
+
+    That takes no registers, so more of them are on their way, and at 16 bytes at a time it takes
+    few instructions. Measured on an H200 (benchmarks/results/tiles_h200.txt) against loads into
+    registers, at groups of 1, 2, 3 and 4, d=64, bf16: forward 3, 5 to 15, 0 and 8% faster, query 2,
+    7 to 9, 10 and 5%, backward 12, 5, 16 and 19%. Copies of padding are in vain, at d=80 all of it
+    up to 8% slower. In float32, which has twice the bytes for each instruction, 2 to 5% slower at
+    groups of 1 and 2, and 11 to 18% faster at 4.
+    """
+    full = width * dtype.itemsize >= 16 and padded(head_dim) == head_dim
+    return full and (dtype.itemsize < 4 or group > 2) and _copies(capability)
+
+
+def _copying(head_dim: int, width: int) -> Tile:
+    # Two slots a step, three stages, one warp or four: within 2% of it.
+    return _rows(head_dim, width, slots=1, stages=4, warps=2)
+
+
+def _rows(
+    head_dim: int,
+    width: int,
+    *,
+    slots: int,
+    stages: int,
+    warps: int = 4,
+    registers: int | None = None,
+) -> Tile:
     # A row that several warps share would be summed through shared memory.
-    warps = 4 if padded(head_dim) // width <= 32 else 1
+    warps = warps if padded(head_dim) // width <= 32 else 1
     rows = max(1, 32 * warps * width // padded(head_dim))
-    return Tile(tokens=rows, slots=slots, warps=warps, stages=stages)
+    return Tile(tokens=rows, slots=slots, warps=warps, stages=stages, registers=registers)
 
 
 def forward_tile(
@@ -136,11 +205,15 @@ def forward_tile(
         head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
         capability: (major, minor) compute capability; (0, 0) if unknown.
     """
+    if _two_warps(head_dim, group, dtype):
+        # Measured on an H200: programs of four tokens and warps are 3 and 11% slower at a head_dim
+        # of 64 and groups of 8 and 16; of two stages for four 8% at 32; of one for three 4% at a
+        # head_dim of 128 and a group of 8. At 128 and 32 more than one stage spills registers.
+        cost = _cost(head_dim, group, dtype)
+        stages = 2 if cost <= _SMALL else 4 if head_dim <= 64 else 3 if cost <= 2 * _SMALL else 1
+        return Tile(tokens=2, slots=16, warps=2, stages=_stages(capability, stages))
     if _cost(head_dim, group, dtype) <= _SMALL:
         return Tile(tokens=4, slots=16, warps=4, stages=_stages(capability))
-    if _two_warps(head_dim, group, dtype):
-        # Two stages gain 6% at a head_dim of 64 and a group of 32; at 128 only one was measured.
-        return Tile(tokens=2, slots=16, warps=2, stages=1 if head_dim > 64 else _stages(capability))
     return _one_token(head_dim, group, dtype)
 
 
@@ -153,7 +226,10 @@ def backward_tile(
         return Tile(tokens=2, slots=16, warps=2, stages=1)
     if _two_warps(head_dim, group, dtype):
         tokens = 2 if cost <= 2 * _SMALL else 1
-        return Tile(tokens=tokens, slots=16, warps=2, stages=_stages(capability))
+        # Measured on an H200: three stages are 7% faster than two at a head_dim of 64 and a group
+        # of 32, one is 3% faster at 128 and 8.
+        stages = 3 if head_dim <= 64 else 1 if cost <= 2 * _SMALL else 2
+        return Tile(tokens=tokens, slots=16, warps=2, stages=_stages(capability, stages))
     return _one_token(head_dim, group, dtype)
 
 
@@ -181,9 +257,13 @@ def _one_token(head_dim: int, group: int, dtype: torch.dtype) -> Tile:
     return Tile(tokens=1, slots=16, warps=warps, stages=1)
 
 
-def _stages(capability: tuple[int, int]) -> int:
-    # Asynchronous copies into shared memory (compute capability 8.0) let loads run ahead.
-    return 2 if capability >= (8, 0) else 1
+def _copies(capability: tuple[int, int]) -> bool:
+    """Whether memory can be copied to shared memory while a program goes on."""
+    return capability >= (8, 0)
+
+
+def _stages(capability: tuple[int, int], stages: int = 2) -> int:
+    return stages if _copies(capability) else 1  # such copies let loads run ahead
 
 
 @dataclass(frozen=True, kw_only=True)

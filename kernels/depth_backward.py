@@ -14,6 +14,7 @@ no atomics, and the same bits every time. dq starts from the sequence part's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -304,12 +305,16 @@ def run(
         size, grad_size = q.element_size(), grad_key.element_size()
         width = min(slot_align // size, grad_align // grad_size)
         slot_align, grad_align = width * size, width * grad_size
-        choose_tile = configs.vector_backward_tile if delta is None else configs.vector_query_tile
-        tile = tile or choose_tile(head_dim=d, group=group, width=width)
+        choose_tile: Any = configs.vector_query_tile
+        if delta is None:
+            choose_tile = partial(configs.vector_backward_tile, accumulate=accumulate)
+        tile = tile or choose_tile(
+            head_dim=d, group=group, dtype=q.dtype, width=width, capability=launch.capability(q)
+        )
         blocks = b * -(-t * hk // tile.tokens)
         own: dict[str, Any] = dict(
             ROWS=tile.tokens,
-            AHEAD=tile.stages > 1,
+            STAGES=tile.stages,
             COPIES=tiles.TABLE_COPIES,
             ALIGN=min(align, slot_align),
         )
@@ -328,7 +333,7 @@ def run(
             num_stages=tile.stages,
         )
     with launch.on_device(q):
-        launch.launchable(kernel, slots.traced)[(blocks,)](
+        launch.launchable(kernel, slots.traced, tile.registers)[(blocks,)](
             q,
             out,
             grad_out,

@@ -96,7 +96,7 @@ def depth_backward_vector_kernel(
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
     COPIES: tl.constexpr,
     TABLE: tl.constexpr,
@@ -124,6 +124,7 @@ def depth_backward_vector_kernel(
     """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
+    AHEAD: tl.constexpr = STAGES == 2
     if n0 is not None:
         table = write_table(
             table, COLUMNS, COPIES,
@@ -171,15 +172,16 @@ def depth_backward_vector_kernel(
             )
 
     # Loads as in the forward kernel.
-    k = load_slots(
-        key, table, 0, slots, batch, kv_head, token, dim, live, key_strides, 0,
-        SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-    )  # fmt: skip
-    v = load_slots(
-        value, table, 0, slots, batch, kv_head, token, dim, live, value_strides, 4,
-        SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-    )  # fmt: skip
-    if ACCUMULATE:
+    if AHEAD:
+        k = load_slots(
+            key, table, 0, slots, batch, kv_head, token, dim, live, key_strides, 0,
+            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        v = load_slots(
+            value, table, 0, slots, batch, kv_head, token, dim, live, value_strides, 4,
+            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+    if AHEAD and ACCUMULATE:
         held_k = _load_gradients(
             grad_key, 0, slots, batch, kv_head, token, dim, live, grad_stride_slot,
             grad_strides, grad_stride_dim, SLOTS, GRAD_ALIGN,
@@ -188,7 +190,7 @@ def depth_backward_vector_kernel(
             grad_value, 0, slots, batch, kv_head, token, dim, live, grad_stride_slot,
             grad_strides, grad_stride_dim, SLOTS, GRAD_ALIGN,
         )  # fmt: skip
-    for first in range(0, slots, SLOTS):
+    for first in tl.range(0, slots, SLOTS, num_stages=1 if AHEAD else STAGES):
         coming = first + SLOTS if AHEAD else first
         coming_k = load_slots(
             key, table, coming, slots, batch, kv_head, token, dim, live, key_strides, 0,
@@ -245,9 +247,10 @@ def depth_backward_vector_kernel(
                     grad_stride_dim, GRAD_ALIGN,
                 )  # fmt: skip
                 tl.store(value_cells, dv.to(grad_value.dtype.element_ty), mask=live & slot_live)
-        k, v = coming_k, coming_v
-        if ACCUMULATE:
-            held_k, held_v = coming_held_k, coming_held_v
+        if AHEAD:
+            k, v = coming_k, coming_v
+            if ACCUMULATE:
+                held_k, held_v = coming_held_k, coming_held_v
 
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member

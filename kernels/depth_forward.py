@@ -230,13 +230,13 @@ def run(
     if products == "vector":
         width = slots.align // q.element_size()
         tile = tile or configs.vector_forward_tile(
-            head_dim=d, group=group, dtype=q.dtype, width=width
+            head_dim=d, group=group, dtype=q.dtype, width=width, capability=launch.capability(q)
         )
         blocks = b * -(-t * hk // tile.tokens)
         # Tiles of equal accesses lie in the same threads.
         own: dict[str, Any] = dict(
             ROWS=tile.tokens,
-            AHEAD=tile.stages > 1,
+            STAGES=tile.stages,
             COPIES=tiles.TABLE_COPIES,
             ALIGN=min(align, slots.align),
         )
@@ -255,7 +255,7 @@ def run(
             num_stages=tile.stages,
         )
     with launch.on_device(q):
-        launch.launchable(kernel, slots.traced)[(blocks,)](
+        launch.launchable(kernel, slots.traced, tile.registers)[(blocks,)](
             q,
             sequence_out,
             sequence_lse,

@@ -69,7 +69,7 @@ def depth_forward_vector_kernel(
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
     COPIES: tl.constexpr,
     TABLE: tl.constexpr,
@@ -92,6 +92,7 @@ def depth_forward_vector_kernel(
     """Write out and lse of the joint softmax; arguments as of `depth_forward_kernel`."""
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
+    AHEAD: tl.constexpr = STAGES == 2
     if n0 is not None:
         table = write_table(
             table, COLUMNS, COPIES,
@@ -132,16 +133,18 @@ def depth_forward_vector_kernel(
         weight += (tl.full([ROWS], 1.0, tl.float32),)
 
     # The assembler moves a load down to where its value is used, where it waits alone. What the
-    # next turn of the loop takes it leaves together, and on its way during this turn (AHEAD).
-    k = load_slots(
-        key, table, 0, slots, batch, kv_head, token, dim, live, key_strides, 0,
-        SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-    )  # fmt: skip
-    v = load_slots(
-        value, table, 0, slots, batch, kv_head, token, dim, live, value_strides, 4,
-        SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-    )  # fmt: skip
-    for first in range(0, slots, SLOTS):
+    # next turn of the loop takes it leaves together, and on its way during this turn (AHEAD). With
+    # more stages the compiler has the loads of later turns copied to shared memory meanwhile.
+    if AHEAD:
+        k = load_slots(
+            key, table, 0, slots, batch, kv_head, token, dim, live, key_strides, 0,
+            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        v = load_slots(
+            value, table, 0, slots, batch, kv_head, token, dim, live, value_strides, 4,
+            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+    for first in tl.range(0, slots, SLOTS, num_stages=1 if AHEAD else STAGES):
         coming = first + SLOTS if AHEAD else first
         coming_k = load_slots(
             key, table, coming, slots, batch, kv_head, token, dim, live, key_strides, 0,
@@ -173,7 +176,8 @@ def depth_forward_vector_kernel(
             new_weight += (sum_p,)
             new_total += (sum_pv,)
         maximum, weight, total = new_maximum, new_weight, new_total
-        k, v = coming_k, coming_v
+        if AHEAD:
+            k, v = coming_k, coming_v
 
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member

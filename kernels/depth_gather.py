@@ -125,6 +125,7 @@ def depth_gather_kernel(
     SLOTS: tl.constexpr,
     UNFINISHED: tl.constexpr,
     READERS: tl.constexpr,
+    STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
     COPIES: tl.constexpr,
     ROWS_UNIFORM: tl.constexpr,
@@ -167,6 +168,7 @@ def depth_gather_kernel(
     n0, n1, .. and m0, m1, ..: what the tables are of, where they have to be written.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
+    AHEAD: tl.constexpr = STAGES == 2
     keys = (first_key, second_key, third_key, fourth_key)
     values = (first_value, second_value, third_value, fourth_value)
     starts = (
@@ -241,40 +243,44 @@ def depth_gather_kernel(
             dk += (tl.zeros([ROWS, PADDED_DIM], tl.float32),)
             dv += (tl.zeros([ROWS, PADDED_DIM], tl.float32),)
 
-    # Readers are loaded while those before them are worked on; see the forward kernel.
-    q = _load_heads(
-        query, rows_table, 0, most, batch, kv_head, token, dim, live, query_strides,
-        0, READERS, GROUP, COLUMNS, ROWS_UNIFORM, ALIGN,
-    )  # fmt: skip
-    do = _load_heads(
-        grad_out, rows_table, 0, most, batch, kv_head, token, dim, live, grad_out_strides,
-        4, READERS, GROUP, COLUMNS, ROWS_UNIFORM, ALIGN,
-    )  # fmt: skip
-    own_lse = _load_numbers(
-        lse, numbers_table, 0, most, batch, kv_head, token, row_live, lse_strides,
-        0, READERS, GROUP, COLUMNS, NUMBERS_UNIFORM,
-    )  # fmt: skip
-    own_delta = _load_numbers(
-        delta, numbers_table, 0, most, batch, kv_head, token, row_live, delta_strides,
-        4, READERS, GROUP, COLUMNS, NUMBERS_UNIFORM,
-    )  # fmt: skip
-    for first in range(0, most, READERS):
+    # Loads as in the forward kernel, of readers.
+    if AHEAD:
+        q = _load_heads(
+            query, rows_table, 0, most, batch, kv_head, token, dim, live, query_strides,
+            0, READERS, GROUP, COLUMNS, ROWS_UNIFORM, ALIGN,
+        )  # fmt: skip
+        do = _load_heads(
+            grad_out, rows_table, 0, most, batch, kv_head, token, dim, live, grad_out_strides,
+            4, READERS, GROUP, COLUMNS, ROWS_UNIFORM, ALIGN,
+        )  # fmt: skip
+        own_lse = _load_numbers(
+            lse, numbers_table, 0, most, batch, kv_head, token, row_live, lse_strides,
+            0, READERS, GROUP, COLUMNS, NUMBERS_UNIFORM,
+        )  # fmt: skip
+        own_delta = _load_numbers(
+            delta, numbers_table, 0, most, batch, kv_head, token, row_live, delta_strides,
+            4, READERS, GROUP, COLUMNS, NUMBERS_UNIFORM,
+        )  # fmt: skip
+    for first in tl.range(0, most, READERS, num_stages=1 if AHEAD else STAGES):
+        coming = first + READERS if AHEAD else first
         coming_q = _load_heads(
-            query, rows_table, first + READERS, most, batch, kv_head, token, dim, live,
-            query_strides, 0, READERS, GROUP, COLUMNS, ROWS_UNIFORM, ALIGN,
+            query, rows_table, coming, most, batch, kv_head, token, dim, live, query_strides,
+            0, READERS, GROUP, COLUMNS, ROWS_UNIFORM, ALIGN,
         )  # fmt: skip
         coming_do = _load_heads(
-            grad_out, rows_table, first + READERS, most, batch, kv_head, token, dim, live,
-            grad_out_strides, 4, READERS, GROUP, COLUMNS, ROWS_UNIFORM, ALIGN,
+            grad_out, rows_table, coming, most, batch, kv_head, token, dim, live, grad_out_strides,
+            4, READERS, GROUP, COLUMNS, ROWS_UNIFORM, ALIGN,
         )  # fmt: skip
         coming_lse = _load_numbers(
-            lse, numbers_table, first + READERS, most, batch, kv_head, token, row_live,
-            lse_strides, 0, READERS, GROUP, COLUMNS, NUMBERS_UNIFORM,
+            lse, numbers_table, coming, most, batch, kv_head, token, row_live, lse_strides,
+            0, READERS, GROUP, COLUMNS, NUMBERS_UNIFORM,
         )  # fmt: skip
         coming_delta = _load_numbers(
-            delta, numbers_table, first + READERS, most, batch, kv_head, token, row_live,
-            delta_strides, 4, READERS, GROUP, COLUMNS, NUMBERS_UNIFORM,
+            delta, numbers_table, coming, most, batch, kv_head, token, row_live, delta_strides,
+            4, READERS, GROUP, COLUMNS, NUMBERS_UNIFORM,
         )  # fmt: skip
+        if not AHEAD:
+            q, do, own_lse, own_delta = coming_q, coming_do, coming_lse, coming_delta
         new_dk, new_dv = (), ()
         for place in tl.static_range(SLOTS):
             wide_k, wide_v = k[place].to(tl.float32), v[place].to(tl.float32)
@@ -291,7 +297,8 @@ def depth_gather_kernel(
             new_dk += (sum_k,)
             new_dv += (sum_v,)
         dk, dv = new_dk, new_dv
-        q, do, own_lse, own_delta = coming_q, coming_do, coming_lse, coming_delta
+        if AHEAD:
+            q, do, own_lse, own_delta = coming_q, coming_do, coming_lse, coming_delta
 
     for place in tl.static_range(SLOTS - UNFINISHED):
         whole = (dk[place] * factor, dv[place])
@@ -370,14 +377,23 @@ def run(
         if x is not None
     ]
     group, width = queries[0].shape[1] // hk, min(widths)
-    tile = tile or configs.gather_tile(head_dim=d, group=group, width=width, slots=len(keys))
+    tile = tile or configs.gather_tile(
+        head_dim=d,
+        group=group,
+        dtype=keys[0].dtype,
+        width=width,
+        capability=launch.capability(keys[0]),
+        slots=len(keys),
+    )
     # The kernel has arguments for MOST_SLOTS: the last slot again, never read.
     missing = MOST_SLOTS - len(keys)
     keys, values = [[*side, *side[-1:] * missing] for side in (keys, values)]
     counts = [*readers, *[readers[-1]] * missing]
     own_starts = [*starts, *[None] * 2 * (MOST_SLOTS - finished)]
     with launch.on_device(keys[0]):
-        launch.launchable(depth_gather_kernel, rows.traced)[(b * -(-t * hk // tile.tokens),)](
+        launch.launchable(depth_gather_kernel, rows.traced, tile.registers)[
+            (b * -(-t * hk // tile.tokens),)
+        ](
             rows.key,
             rows.value,
             numbers.key,
@@ -408,6 +424,7 @@ def run(
             SLOTS=MOST_SLOTS - missing,
             UNFINISHED=unfinished,
             READERS=tile.slots,
+            STAGES=tile.stages,
             COLUMNS=tiles.TABLE_COLUMNS,
             COPIES=tiles.TABLE_COPIES,
             ROWS_UNIFORM=rows.is_uniform,

@@ -53,7 +53,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def launchable(kernel: Any, traced: bool = False) -> Any:
+def launchable(kernel: Any, traced: bool = False, registers: int | None = None) -> Any:
     """What to launch the kernel with, as `launchable(kernel)[grid](*arguments, **constants)`.
 
     Constants are given by name, all others by position.
@@ -62,10 +62,21 @@ def launchable(kernel: Any, traced: bool = False) -> Any:
         kernel: a Triton JIT function.
         traced: the launch may be traced: then it is recorded in the graph that is being made
             (`torch.library.wrap_triton`).
+        registers: the most that a thread may have, where the compiler takes such a limit (CUDA).
     """
     if not isinstance(kernel, triton.JITFunction):  # of the interpreter
         return kernel
-    return torch.library.wrap_triton(kernel) if traced else _Remembered(kernel)
+    if torch.version.hip is not None:
+        registers = None
+    if traced:
+        return torch.library.wrap_triton(_limited(kernel, registers) if registers else kernel)
+    return _Remembered(kernel, **{"maxnreg": registers} if registers else {})
+
+
+@functools.cache
+def _limited(kernel: Any, registers: int) -> Any:
+    # PyTorch records this option only as one of an autotuner, which has nothing to choose here.
+    return triton.autotune([triton.Config({}, maxnreg=registers)], key=[])(kernel)
 
 
 class _Remembered:
@@ -77,13 +88,14 @@ class _Remembered:
     Triton tells arguments apart by: an integer that it may specialise on counts as itself.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, **options: int) -> None:
+        self.kernel, self.options = kernel, options
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
+        constants |= self.options
         kinds = _kinds(arguments, _not_specialised(self.kernel))
         device = triton.runtime.driver.active.get_current_device()
         key = (id(self.kernel), device, kinds, tuple(constants.items()))

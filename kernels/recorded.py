@@ -82,7 +82,7 @@ def record(
         arguments: by name, tensors as `At`; one that is left out has its default.
         given: dtypes of the tensors that `run` will be given.
         made: the tensors that it will make.
-        options: num_warps, num_stages.
+        options: num_warps, num_stages, maxnreg: those that are set.
     """
     values = [arguments[x.name] if x.name in arguments else x.default for x in kernel.params]
     return json.dumps(

@@ -37,6 +37,7 @@ _own = torch.ops.moda_compile
 _aten = torch.ops.aten
 _LAUNCH = _own.launch.default
 _TRACED = torch.ops.higher_order.triton_kernel_wrapper_mutation
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch
 _PERMUTED = (  # views of all the numbers
     _aten.view.default,
     _aten._unsafe_view.default,
@@ -305,7 +306,7 @@ def _text(
             )
             for x, users in results.items()
         ],
-        options={"num_warps": options.num_warps, "num_stages": options.num_stages},
+        options={name: x for name in _OPTIONS if (x := getattr(options, name)) is not None},
     )
 
 

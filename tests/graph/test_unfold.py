@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 pytest.importorskip("triton")
 
 from moda_compile import gathered, kernels, ops  # noqa: E402, F401  (register the operators)
-from moda_compile.kernels import launch, recorded, slot_table  # noqa: E402
+from moda_compile.kernels import configs, launch, recorded, slot_table  # noqa: E402
 from moda_compile.passes import unfold  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.EMULATED, reason="an interpreted kernel can't be traced")
@@ -314,6 +314,20 @@ def gather_of(readers: int) -> Callable[..., Any]:
         return OPS.depth_gather(*read, depth[:2], depth[2:], counts, 0.125, q.dtype, [])[0]
 
     return call
+
+
+@pytest.mark.parametrize(("group", "limit"), [(1, {}), (2, {"maxnreg": 128})])
+def test_a_launch_keeps_its_limit_of_registers(group: int, limit: dict[str, int]) -> None:
+    with FakeTensorMode():
+        numbers = [torch.empty(B, group * H, T, device="cuda") for _ in range(2)]
+        rows = [tensor(group * H), tensor(group * H)]
+        _, after = unfolded(gather_of(3), [*rows, *numbers, *(tensor() for _ in range(4))])
+    ((_, text),) = [n.args for n in after.find_nodes(op="call_function", target=LAUNCH)]
+    tile = configs.gather_tile(
+        head_dim=D, group=group, dtype=torch.bfloat16, width=launch.WIDEST_ACCESS // 2,
+        capability=(9, 0), slots=2,
+    )  # fmt: skip
+    assert recorded._read(text).options == {"num_warps": tile.warps, "num_stages": 3} | limit
 
 
 @pytest.mark.parametrize("what", ["slots", "readers"])

@@ -206,6 +206,9 @@ def cases() -> Iterator[dict[str, Any]]:
     yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), g=20, begun=1)
     yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), products="matrix")
     yield vector | dict(mode="stacked", dtype="fp32", acc="fp32", d=64, t=23, tile=(8, 2, 1))
+    yield vector | dict(mode="stacked", dtype="fp32", acc="fp32", d=64, t=23, tile=(8, 1, 4))
+    yield vector | dict(mode="list", dtype="bf16", acc="bf16", d=64, t=23, g=2, tile=(8, 2, 3))
+    yield gathered | dict(dtype="bf16", acc="bf16", readers=(5, 4), g=2, tile=(8, 1, 3))
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,39 @@ def test_another_device_is_compiled(device: dict[str, int]) -> None:
 
 
 @pytest.mark.usefixtures("device")
+def test_a_limit_of_registers_is_an_option_of_the_launch() -> None:
+    kernel, x = Kernel(), torch.zeros(8)
+    given: list[dict[str, Any]] = []
+    run = kernel[(1,)]
+
+    def recorded(*arguments: Any, **constants: Any) -> Any:
+        given.append(constants)
+        return run(*arguments, **constants)
+
+    kernel.__class__ = type("Recorded", (Kernel,), {"__getitem__": lambda self, grid: recorded})
+    for limit in ({"maxnreg": 128}, {"maxnreg": 128}, {"maxnreg": 64}, {}):
+        launch._Remembered(kernel, **limit)[(1,)](x, 3, 8, (64, 1), 0.5, WIDTH=16, ROWS=4)
+    assert [made.get("maxnreg") for made in given] == [128, 64, None]
+
+
+@pytest.mark.parametrize("hip", [None, "6.4"])
+def test_the_limit_is_for_cuda_s_compiler(hip: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    own = launch.launchable(kernel_of_triton, registers=128)
+    assert own.options == ({"maxnreg": 128} if hip is None else {})
+    assert launch.launchable(kernel_of_triton).options == {}
+    traced = launch.launchable(kernel_of_triton, True, 128).kernel
+    assert traced is (kernel_of_triton if hip else launch._limited(kernel_of_triton, 128))
+    assert hip or [x.maxnreg for x in traced.configs] == [128]
+    assert launch.launchable(kernel_of_triton, True).kernel is kernel_of_triton
+
+
+@triton.jit
+def kernel_of_triton(x) -> None:  # type: ignore[no-untyped-def]
+    pass
+
+
+@pytest.mark.usefixtures("device")
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST_COMPILED", 4)
     kernel, x = Kernel(), torch.zeros(8)

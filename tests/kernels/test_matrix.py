@@ -32,8 +32,8 @@ def pointers(dtype: torch.dtype, rows: list[str], numbers: list[str]) -> dict[st
     ("head_dim", "group", "dtype", "spilled"),
     [
         (64, 8, BF16, (0, 0)),
-        (64, 32, BF16, (0, 0)),
-        (128, 8, BF16, (0, 64)),
+        (64, 32, BF16, (16, 0)),
+        (128, 8, BF16, (0, 80)),
         (128, 32, BF16, (0, 128)),
         (256, 8, BF16, (0, 0)),
         (64, 16, FP32, (0, 0)),

@@ -40,7 +40,7 @@ TENSORS = {"query": 0, "sequence_out": 1, "sequence_lse": 2, "key": 3, "value": 
 OWN = {"out": 5, "lse": 6, "table": 7}
 NUMBERS = {"slots": 2, "tokens": 12, "kv_heads": 3, "scale": 0.25}
 CONSTANTS: dict[str, Any] = dict(
-    GROUP=1, HEAD_DIM=16, PADDED_DIM=16, ROWS=8, SLOTS=2, AHEAD=True, COLUMNS=8, COPIES=128,
+    GROUP=1, HEAD_DIM=16, PADDED_DIM=16, ROWS=8, SLOTS=2, STAGES=2, COLUMNS=8, COPIES=128,
     TABLE=True, UNIFORM=True, ALIGN=16, SLOT_ALIGN=16,
 )  # fmt: skip
 

@@ -41,16 +41,36 @@ def test_small_groups_are_multiplied_without_tensor_cores() -> None:
 
 
 def test_no_two_warps_share_a_row() -> None:
-    forward = partial(configs.vector_forward_tile, dtype=BF16)
-    for choose in (forward, configs.vector_backward_tile):
+    forward = configs.vector_forward_tile
+    adding, writing = (partial(configs.vector_backward_tile, accumulate=x) for x in (True, False))
+    for choose in (forward, adding, writing):
         for head_dim in HEAD_DIMS:
             for width in (1, 2, 4, 8):
                 for group in (1, 4, 8):
-                    tile = choose(head_dim=head_dim, group=group, width=width)
+                    tile = choose(
+                        head_dim=head_dim, group=group, dtype=BF16, width=width, capability=(9, 0)
+                    )
                     assert tile.tokens & (tile.tokens - 1) == 0
                     assert tile.warps <= tile.tokens
                     if tile.warps > 1:
                         assert configs.padded(head_dim) <= 32 * width * (1 + (choose is forward))
+
+
+def test_nothing_is_copied_ahead_where_programs_would_wait_for_it() -> None:
+    full: dict[str, Any] = dict(head_dim=64, group=2, dtype=FP16, width=8)
+    choices: list[Any] = [
+        configs.vector_forward_tile,
+        configs.vector_query_tile,
+        partial(configs.vector_backward_tile, accumulate=False),
+        partial(configs.gather_tile, slots=2),
+    ]
+    for choose in choices:
+        assert copied(choose(**full, capability=(8, 0)))
+        assert not copied(choose(**full, capability=(7, 5)))
+        assert not copied(choose(**full | {"width": 4}, capability=(8, 0)))
+    assert not copied(configs.gather_tile(**full, capability=(8, 0), slots=4))
+    adding = configs.vector_backward_tile(**full, capability=(8, 0), accumulate=True)
+    assert not copied(adding)
 
 
 # Without a GPU the compiler still says whether it takes a kernel, and with what resources.
@@ -61,8 +81,34 @@ compiled_only = pytest.mark.skipif(launch.EMULATED, reason="the kernels are inte
 def constants(head_dim: int, group: int, tile: configs.Tile, table: bool) -> dict[str, Any]:
     return dict(
         GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
-        SLOTS=tile.slots, AHEAD=tile.stages > 1, COLUMNS=8, COPIES=128, TABLE=table, UNIFORM=True,
+        SLOTS=tile.slots, STAGES=tile.stages, COLUMNS=8, COPIES=128, TABLE=table, UNIFORM=True,
     )  # fmt: skip
+
+
+def options(tile: configs.Tile) -> dict[str, int]:
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return {"num_warps": tile.warps} | limit
+
+
+def copied(tile: configs.Tile) -> bool:
+    """What a step reads is copied to shared memory before."""
+    return tile.stages > 2
+
+
+def check_copies(
+    made: Any, tile: configs.Tile, reads: int, head_dim: int, dtype: torch.dtype, rest: int
+) -> None:
+    """16 bytes at a time, in the loop and for each step before it; nothing where it is not copied.
+
+    reads: tiles that a step reads. rest: bytes of shared memory that are used otherwise.
+    """
+    size = tile.tokens * configs.padded(head_dim) * dtype.itemsize
+    reads = reads * copied(tile)
+    copies = made.asm["ptx"].count("cp.async.cg.shared.global")
+    assert copies == tile.stages * reads * size // (16 * 32 * tile.warps)
+    kept = (tile.stages - 1) * reads * size
+    numbers = (tile.stages - 1) * 512 * copied(tile)  # addresses of the slots, lse, delta
+    assert kept <= made.metadata.shared <= kept + numbers + rest
 
 
 @compiled_only
@@ -73,8 +119,10 @@ def constants(head_dim: int, group: int, tile: configs.Tile, table: bool) -> dic
         (BF16, 64, 3, True, 128),
         (BF16, 64, 4, False, 128),
         (BF16, 76, 1, True, 80),
-        (FP16, 128, 2, True, 96),
+        (BF16, 80, 2, True, 96),
+        (FP16, 128, 2, True, 64),
         (BF16, 256, 4, True, 128),
+        (FP32, 64, 2, True, 64),
         (FP32, 64, 8, True, 128),
     ],
     ids=str,
@@ -84,7 +132,9 @@ def test_forward_compiles_for_an_h100(
 ) -> None:
     align = 8 if head_dim == 76 else 16
     width = align // dtype.itemsize
-    tile = configs.vector_forward_tile(head_dim=head_dim, group=group, dtype=dtype, width=width)
+    tile = configs.vector_forward_tile(
+        head_dim=head_dim, group=group, dtype=dtype, width=width, capability=(9, 0)
+    )
     names = ("query", "sequence_out", "out", "key", "value")
     pointers = dict.fromkeys(names, POINTERS[dtype])
     pointers |= dict.fromkeys(("sequence_lse", "lse"), "*fp32")
@@ -93,20 +143,20 @@ def test_forward_compiles_for_an_h100(
         depth_forward_vector.depth_forward_vector_kernel,
         pointers,
         constants(head_dim, group, tile, table) | dict(ALIGN=align, SLOT_ALIGN=align),
-        num_warps=tile.warps,
+        **options(tile),
     )
     # Loads as wide as the rows allow: of q and out for each head, of K and V for each slot.
     access = "ld.global.v4.b32" if align == 16 else "ld.global.v2.b32"
-    steps = 2 if tile.stages > 1 else 1  # the first step's, and in the loop the next one's
+    steps = min(tile.stages, 2)  # the first step's, and in the loop the next one's
     accesses = tile.tokens * configs.padded(head_dim) // (32 * tile.warps * width)
-    expected = 2 * (group + steps * tile.slots) * accesses
+    expected = 2 * (group + (0 if copied(tile) else steps * tile.slots)) * accesses
     assert accesses_of(made, access) == expected
     # None of it is read again soon.
     assert made.asm["ptx"].count("ld.global.L1::evict_first") == expected
+    check_copies(made, tile, 2 * tile.slots, head_dim, dtype, rest=4 * tile.tokens)
     assert "tt.dot" not in made.asm["ttgir"]
     # Only a head's lse changes threads, to be stored.
     assert made.asm["ttgir"].count("ttg.convert_layout") <= group
-    assert made.metadata.shared <= 4 * tile.tokens
     used = resources(made, tmp_path)
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
     assert used["REG"] <= registers
@@ -121,11 +171,13 @@ def test_forward_compiles_for_an_h100(
         (BF16, BF16, 64, 4, True, 128),
         (BF16, FP32, 76, 1, True, 96),
         (FP16, None, 128, 2, False, 128),
+        (BF16, None, 64, 4, True, 168),
         (BF16, FP32, 256, 4, True, 224),
         (FP32, FP32, 64, 8, True, 224),
-        (BF16, "delta", 64, 1, True, 80),
+        (BF16, "delta", 64, 1, True, 64),
         (BF16, "delta", 76, 1, True, 80),
-        (FP16, "delta", 128, 2, True, 96),
+        (BF16, "delta", 80, 1, True, 80),
+        (FP16, "delta", 128, 2, True, 80),
         (BF16, "delta", 64, 3, True, 128),
         (BF16, "delta", 64, 4, True, 168),
         (FP16, "delta", 76, 4, True, 128),
@@ -144,8 +196,10 @@ def test_backward_compiles_for_an_h100(
     adding = isinstance(accumulator, torch.dtype)
     grad = accumulator if isinstance(accumulator, torch.dtype) else dtype
     width = min((8 if head_dim == 76 else 16) // dtype.itemsize, 16 // grad.itemsize)
-    choose = configs.vector_query_tile if accumulator == "delta" else configs.vector_backward_tile
-    tile = choose(head_dim=head_dim, group=group, width=width)
+    choose: Any = configs.vector_query_tile
+    if accumulator != "delta":
+        choose = partial(configs.vector_backward_tile, accumulate=adding)
+    tile = choose(head_dim=head_dim, group=group, dtype=dtype, width=width, capability=(9, 0))
     names = ("query", "out", "grad_out", "sequence_grad_query", "grad_query", "key", "value")
     pointers = dict.fromkeys(names, POINTERS[dtype]) | {"lse": "*fp32", "delta_out": "*fp32"}
     pointers |= dict.fromkeys(("grad_key", "grad_value"), POINTERS[grad])
@@ -157,13 +211,13 @@ def test_backward_compiles_for_an_h100(
         depth_backward_vector.depth_backward_vector_kernel,
         pointers,
         constants(head_dim, group, tile, table) | aligned | own,
-        num_warps=tile.warps,
+        **options(tile),
     )
     assert "tt.dot" not in made.asm["ttgir"]
     # Also beside float32 gradients every element stays in its thread; delta moves to be stored.
     moved = group if accumulator == "delta" else 0
     assert made.asm["ttgir"].count("ttg.convert_layout") == moved
-    assert made.metadata.shared == (4 * tile.tokens if moved else 0)
+    check_copies(made, tile, 2 * tile.slots, head_dim, dtype, rest=4 * tile.tokens if moved else 0)
     used = resources(made, tmp_path)
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
     assert used["REG"] <= registers
@@ -176,9 +230,13 @@ def test_backward_compiles_for_an_h100(
         (BF16, BF16, 64, 1, 2, 0, False, 160),
         (BF16, FP32, 64, 1, 1, 0, False, 80),
         (BF16, BF16, 76, 1, 2, 0, False, 96),
-        (FP16, FP16, 128, 2, 2, 0, False, 240),
-        (BF16, BF16, 64, 4, 2, 0, False, 128),
-        (FP32, FP32, 64, 2, 2, 0, False, 168),
+        (BF16, BF16, 80, 1, 2, 0, False, 128),
+        (BF16, BF16, 64, 2, 1, 0, False, 128),
+        (BF16, BF16, 64, 3, 2, 0, False, 128),
+        (FP16, FP16, 128, 2, 2, 0, False, 128),
+        (BF16, BF16, 64, 4, 2, 0, False, 168),
+        (BF16, BF16, 76, 4, 2, 0, False, 128),
+        (FP32, FP32, 64, 2, 2, 0, False, 128),
         (BF16, BF16, 64, 1, 4, 2, False, 128),
         (BF16, BF16, 64, 2, 4, 2, False, 168),
         (FP16, FP16, 76, 3, 4, 2, False, 168),
@@ -202,7 +260,9 @@ def test_gather_compiles_for_an_h100(
 ) -> None:
     width = min((8 if head_dim == 76 else 16) // dtype.itemsize, 16 // made_in.itemsize)
     width = min(width, 4) if begun or going_on else width  # sums of 16 bytes
-    tile = configs.gather_tile(head_dim=head_dim, group=group, width=width, slots=slots)
+    tile = configs.gather_tile(
+        head_dim=head_dim, group=group, dtype=dtype, width=width, capability=(9, 0), slots=slots
+    )
     own = POINTERS[dtype]
     pointers: dict[str, Any] = dict.fromkeys(("query", "grad_out"), own)
     pointers |= dict.fromkeys(("lse", "delta"), "*fp32")
@@ -218,22 +278,23 @@ def test_gather_compiles_for_an_h100(
     pointers |= {"partials": "*fp32"} if going_on else {}
     constants = dict(
         GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
-        SLOTS=slots, UNFINISHED=begun, READERS=tile.slots, COLUMNS=8, COPIES=128, ROWS_UNIFORM=True,
+        SLOTS=slots, UNFINISHED=begun, READERS=tile.slots, STAGES=tile.stages, COLUMNS=8,
+        COPIES=128, ROWS_UNIFORM=True,
         NUMBERS_UNIFORM=True, ALIGN=width * dtype.itemsize, GRAD_ALIGN=width * made_in.itemsize,
         SUM_ALIGN=width * FP32.itemsize,
     )  # fmt: skip
     optional = ("sums", "partials", *(f"{side}_start" for side in sides))
     constants |= {name: None for name in optional if name not in pointers}
-    made = compile_for_h100(
-        depth_gather.depth_gather_kernel, pointers, constants, num_warps=tile.warps
-    )
+    made = compile_for_h100(depth_gather.depth_gather_kernel, pointers, constants, **options(tile))
     assert "tt.dot" not in made.asm["ttgir"]
     assert "ttg.convert_layout" not in made.asm["ttgir"]
     elements = tile.tokens * configs.padded(head_dim) // (32 * tile.warps)  # of a tile in a thread
     width = min(width, elements)
     accesses = elements // width
     # K and V of each slot; q and do of a step's readers, before the loop and in it.
-    read = {width * dtype.itemsize: 2 * (slots + 2 * tile.slots * group)}
+    heads = tile.slots * group
+    read = {width * dtype.itemsize: 2 * (slots + 2 * heads * (not copied(tile)))}
+    check_copies(made, tile, 2 * heads, head_dim, dtype, rest=0)
     # What the first slot's gradients are added to, and what the sums start from.
     for count, size in ((2, made_in.itemsize), (2 * slots * going_on, FP32.itemsize)):
         read[width * size] = read.get(width * size, 0) + count
