@@ -43,6 +43,7 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _CUDNN_MAX_HEAD_DIM = 128  # on every GPU it serves
 _MAX_HEAD_DIM = 256  # of the depth kernels and of flash attention
 _MAX_GATHER_GROUP = 4
+_FASTER_THAN_FOUR_SLOTS = 4e12  # bytes per second; see `gathers_ahead`
 ROW_ELEMENTS = 8
 """What the head dims of the platform's attentions are multiples of."""
 
@@ -183,7 +184,13 @@ def gathers(*, device_type: str, dtype: torch.dtype, head_dim: int, group: int) 
 
 
 def gathers_ahead(
-    *, dtype: torch.dtype, head_dim: int, group: int, readers: int, slots: int
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    readers: int,
+    slots: int,
 ) -> bool:
     """Whether a launch that gathers slots begins the next ones' gradients, too.
 
@@ -193,20 +200,24 @@ def gathers_ahead(
         saved: 2 size group readers;  cost: 2 (2 wide + size) slots
 
     as sums of keys and of values are written and read, and K and V read in both launches. Four
-    slots also take more registers, so fewer loads are on their way. Measured on an H100
-    (benchmarks/results/counters.json), in bf16: a launch that begins two slots moves 2.1 TB/s where
-    one that does not moves 2.7 (group 2, d=64), which eats up what is saved unless that is about
-    three times the cost; on an H200 2.2 where 3.3, and it is the same. At a group of 1 there are
-    fewer bytes for each slot, and it takes six times the cost: with 34 readers, 3.4 times, both
-    launches took 11% longer than two without (benchmarks/results/tiles_h200.txt). At d=80, of whose
-    registers three eighths are padding, it is 1.6 of 2.2, and nothing is left.
+    slots also take more registers and instructions for each byte, which bind: 2.1 TB/s on an H100,
+    2.2 on an H200 (group 2, d=64, bf16). Two slots move what the memory does. On an H100 that is
+    2.7 (benchmarks/results/counters.json), which eats up what is saved unless that is about three
+    times the cost. On an H200 it is 4.0, and two launches take 912 and 1266 us where one that
+    begins two slots and the next take 1057 and 1400 (24 and 34 readers;
+    benchmarks/results/tiles_h200.txt). At a group of 1 there are fewer bytes for each slot, and it
+    takes six times the cost: with 34 readers, 3.4 times, both launches took 11% longer than two
+    without. At d=80, of whose registers three eighths are padding, it is 1.6 of 2.2, and nothing
+    is left.
 
     Args:
-        dtype: of q, k, v. head_dim: d. group: query heads per key head. readers: that both launches
-            would read. slots: to begin.
+        device: of the inputs. dtype: of q, k, v. head_dim: d. group: query heads per key head.
+        readers: that both launches would read. slots: to begin.
     """
-    from moda_compile.kernels import configs
+    from moda_compile.kernels import configs, launch
 
+    if launch.memory_bandwidth(device) >= _FASTER_THAN_FOUR_SLOTS:
+        return False
     wide = torch.promote_types(dtype, torch.float32).itemsize
     saved = 2 * dtype.itemsize * group * readers
     cost = 2 * (2 * wide + dtype.itemsize) * slots

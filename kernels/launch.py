@@ -21,7 +21,9 @@ EMULATED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # no GPU; the operator behind it doesn't. (Indexing is the same: narrow and select are used here.)
 contiguous = torch.ops.aten.contiguous.default
 
-_MULTIPROCESSORS = 132  # of an H100: assumed where a graph is traced without a GPU
+# Of an H100: assumed where a graph is traced without a GPU.
+_MULTIPROCESSORS = 132
+_BANDWIDTH = 3.35e12  # bytes per second
 WIDEST_ACCESS = 16  # bytes; the widest load a GPU thread can make
 
 
@@ -37,6 +39,16 @@ def multiprocessors(x: Tensor) -> int:
     if x.is_cuda and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
     return _MULTIPROCESSORS
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second that the GPU's memory moves by its data sheet: a copy gets about 0.88."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        rate, width = properties.memory_clock_rate, properties.memory_bus_width  # kHz, bits
+        if rate > 0 and width > 0:  # not of every GPU
+            return 2e3 * rate * width / 8
+    return _BANDWIDTH
 
 
 def dependent_launches(x: Tensor) -> bool:

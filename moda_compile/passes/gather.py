@@ -288,8 +288,14 @@ def _begun(
         return None
     both = set().union(*gather.readers.values()) & set().union(*ran.values())
     q = traced.value(chain[0].call["q"])
-    what = {"dtype": q.dtype, "head_dim": int(q.shape[3]), "group": _group(chain)}
-    if not kernels.gathers_ahead(**what, readers=len(both), slots=len(following.slots)):
+    if not kernels.gathers_ahead(
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=int(q.shape[3]),
+        group=_group(chain),
+        readers=len(both),
+        slots=len(following.slots),
+    ):
         return None
     return [
         replace(gather, begun=following.slots, readers=gather.readers | ran),

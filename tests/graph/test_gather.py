@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moda_compile
 from moda_compile import MoDAConfig, backend, kernels, pipeline
+from moda_compile.kernels import launch
 from moda_compile.passes import gather
 from moda_compile.testing import RandomStack, StackConfig
 from tests.test_op_merge import sequence_part
@@ -384,6 +385,7 @@ def test_the_library_is_asked_what_would_be_saved(monkeypatch: pytest.MonkeyPatc
     model = stack(layers=9, groups=2)
     made = check(model, model.config.inputs())
     base = dict(dtype=torch.float64, head_dim=model.config.head_dim, group=2, slots=2)
+    base |= dict(device=torch.device("cpu"))
     assert asked == [base | dict(readers=2), base | dict(readers=4)]
     assert [call[6] for call in made.calls(GATHER)] == [[1, 2], [3, 4, 4, 4], [1, 2], [7, 8]]
 
@@ -479,10 +481,12 @@ def test_gathers(what: dict[str, Any], expected: bool, monkeypatch: pytest.Monke
     ({"dtype": torch.float32}, 36),
     ({"group": 3, "dtype": torch.float32}, 6),
 ], ids=str)  # fmt: skip
-def test_gathers_ahead(what: dict[str, Any], readers: int) -> None:
+def test_gathers_ahead(what: dict[str, Any], readers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From so many readers on: 4 bytes each and head of a group, for 3 or 6 times 20 a slot."""
     base: dict[str, Any] = dict(dtype=torch.bfloat16, head_dim=64, group=1, slots=2)
-    assert kernels.gathers_ahead(**base | what, readers=readers)
-    assert not kernels.gathers_ahead(**base | what, readers=readers - 1)
-    padded = base | what | {"head_dim": 80}
-    assert not kernels.gathers_ahead(**padded, readers=10 * readers)
+    base |= what | dict(device=torch.device("cpu"))
+    assert kernels.gathers_ahead(**base, readers=readers)
+    assert not kernels.gathers_ahead(**base, readers=readers - 1)
+    assert not kernels.gathers_ahead(**base | {"head_dim": 80}, readers=10 * readers)
+    monkeypatch.setattr(launch, "memory_bandwidth", lambda device: 4.8e12)  # of an H200
+    assert not kernels.gathers_ahead(**base, readers=10 * readers)

@@ -146,6 +146,19 @@ def kernel_of_triton(x) -> None:  # type: ignore[no-untyped-def]
     pass
 
 
+def test_memory_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = SimpleNamespace(memory_clock_rate=3201000, memory_bus_width=6144)
+    unknown = SimpleNamespace(memory_clock_rate=0, memory_bus_width=6144)
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launch.memory_bandwidth(cuda) == launch.memory_bandwidth(cpu) == 3.35e12
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for properties, expected in ((h200, 4.917e12), (unknown, 3.35e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, x=properties: x)
+        assert launch.memory_bandwidth(cuda) == pytest.approx(expected, rel=1e-3)
+        assert launch.memory_bandwidth(cpu) == 3.35e12
+
+
 @pytest.mark.usefixtures("device")
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST_COMPILED", 4)
