@@ -19,7 +19,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 ORDER = (
     "kernel_table", "counters", "ablation", "model", "memory", "decode", "compile_time",
-    "cpu_attention",
+    "cpu_attention", "sanitize",
 )  # fmt: skip
 
 
