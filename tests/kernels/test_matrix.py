@@ -32,7 +32,7 @@ def pointers(dtype: torch.dtype, rows: list[str], numbers: list[str]) -> dict[st
     ("head_dim", "group", "dtype", "spilled"),
     [
         (64, 8, BF16, (0, 0)),
-        (64, 32, BF16, (16, 0)),
+        (64, 32, BF16, (16, 16)),
         (128, 8, BF16, (0, 80)),
         (128, 32, BF16, (0, 128)),
         (256, 8, BF16, (0, 0)),
