@@ -1,16 +1,15 @@
 """Check the decode kernels against a float64 oracle on this machine's GPU.
 
-    PYTHONPATH=. python benchmarks/check_decode.py [--only TEXT]
+    PYTHONPATH=. python benchmarks/check_decode.py [--only TEXT] [--jobs N]
 
 One row a case: relative errors of out and lse, beside the worst allowed one (eager's own error in
 the same precision + rounding). Exits with 1 if a case fails.
 """
 
-import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import checking
 import torch
-import triton
-from check_gpu import BF16, BUDGET, DEVICE, FP16, FP32, FP64, guarded, relative, tensor
+from check_gpu import BF16, BUDGET, DEVICE, FP16, FP32, FP64, relative, tensor
 from torch import Tensor
 
 from moda_compile.kernels import decode, slot_table, visible
@@ -350,17 +349,11 @@ def check_compiled() -> str:
     return "dynamic length"
 
 
-def main() -> None:
-    """Print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="run the checks whose row contains this text")
-    only = parser.parse_args().only
-    if not torch.cuda.is_available():
-        sys.exit("check_decode: no CUDA device.")
+def checks() -> list[checking.Check]:
+    """All of them."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    checks: list[tuple[str, Callable[[], str]]] = [(str(x), partial(check, x)) for x in cases()]
-    checks += [
+    return [
+        *((str(x), partial(check, x)) for x in cases()),
         ("NaN", check_nan),
         ("unread keys", check_unread),
         ("64-bit offsets", check_long_offsets),
@@ -368,10 +361,7 @@ def main() -> None:
         ("CUDA graph", check_cuda_graph),
         ("torch.compile", check_compiled),
     ]
-    results = [guarded(name, run) for name, run in checks if only in name]
-    print(f"{results.count(True)} of {len(results)} checks passed")
-    sys.exit(results.count(False) > 0)
 
 
 if __name__ == "__main__":
-    main()
+    checking.main(__doc__, checks)

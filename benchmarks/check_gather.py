@@ -1,6 +1,6 @@
 """Check the gathering of slots' gradients on this machine's GPU.
 
-    PYTHONPATH=. python benchmarks/check_gather.py [--only text]
+    PYTHONPATH=. python benchmarks/check_gather.py [--only TEXT] [--jobs N]
 
 Several layers read the same slots. dq, dk, dv of each without the slots' gradients, and these
 gathered from all layers, at once or begun with the first of them, against float64; then models
@@ -10,19 +10,17 @@ allowed, as in check_gpu.py.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import checking
 import torch
 import torch._inductor.config
-import triton
-from check_gpu import BF16, BUDGET, DEVICE, FP16, FP32, FP64, guarded, oracle, relative, tensor
+from check_gpu import BF16, BUDGET, DEVICE, FP16, FP32, FP64, oracle, relative, tensor
 from torch import Tensor
 
 import moda_compile
@@ -199,26 +197,19 @@ def check_model(
     return note
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="run the checks whose row contains this text")
-    only = parser.parse_args().only
-    if not torch.cuda.is_available():
-        sys.exit("check_gather: no CUDA device.")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    checks: list[tuple[str, Callable[[], str]]] = [(str(x), partial(check, x)) for x in cases()]
+def checks() -> list[checking.Check]:
+    """All of them."""
+    found: list[checking.Check] = [(str(x), partial(check, x)) for x in cases()]
     for ffn_kv, (groups, head_dim, dtype) in itertools.product(
         ("none", "projected"), ((1, 64, FP32), (2, 64, BF16), (1, 76, BF16))
     ):
         kind = str(dtype).removeprefix("torch.")
         name = f"model {ffn_kv} {kind} G{groups} d{head_dim}"
         own = (ffn_kv, groups, head_dim, dtype)
-        checks.append((name, partial(check_model, *own)))
-        checks.append((f"{name} ahead", partial(check_model, *own, ahead=True)))
-    results = [guarded(name, run) for name, run in checks if only in name]
-    print(f"{results.count(True)} of {len(results)} checks passed")
-    sys.exit(results.count(False) > 0)
+        found.append((name, partial(check_model, *own)))
+        found.append((f"{name} ahead", partial(check_model, *own, ahead=True)))
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    checking.main(__doc__, checks)

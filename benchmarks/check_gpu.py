@@ -1,18 +1,15 @@
 """Check every GPU kernel against a float64 oracle on this machine's GPU.
 
-    python benchmarks/check_gpu.py [--only TEXT]
+    python benchmarks/check_gpu.py [--only TEXT] [--jobs N]
 
 One row a case: relative errors ||x - exact|| / ||exact|| of out, lse and every gradient, beside
 the worst allowed one. Exits with 1 if a case fails. About a minute and a half, mostly compiling.
 """
 
-import argparse
 import itertools
 import math
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import checking
 import torch
-import triton
 from torch import Tensor
 
 from moda_compile.kernels import Lowering, split
@@ -420,22 +417,6 @@ def check_after_plain() -> str:
     return f"{worst:.0e}"
 
 
-def guarded(name: str, run: Callable[[], str]) -> bool:
-    """Run a check, print its row, and report whether it passed."""
-    start = time.perf_counter()
-    try:
-        note = run()
-        torch.cuda.synchronize()
-    except Exception:
-        last = "\n        ".join(traceback.format_exc().strip().splitlines()[-6:])
-        print(f"FAIL {name}\n        {last}", flush=True)
-        return False
-    finally:
-        torch.cuda.empty_cache()
-    print(f"ok   {name}: {note} ({time.perf_counter() - start:.1f} s)", flush=True)
-    return True
-
-
 def check_case(case: Case) -> str:
     sequence, errors, limits = check(case)
     row = " ".join(f"{n} {errors[n]:.0e}/{limits[n]:.0e}" for n in errors)
@@ -445,29 +426,17 @@ def check_case(case: Case) -> str:
     return f"{sequence:9} {row}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="run the checks whose row contains this text")
-    only = parser.parse_args().only
-    if not torch.cuda.is_available():
-        sys.exit("check_gpu: no CUDA device.")
-    cudnn = torch.backends.cudnn.version()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    print(f"cuDNN {cudnn}; each entry: error / allowed (eager's own error + rounding)")
-    checks: list[tuple[str, Callable[[], str]]] = [
-        (f"{case.sequence or 'chosen':9} {case}", partial(check_case, case)) for case in cases()
-    ]
-    checks += [
+def checks() -> list[checking.Check]:
+    """All of them."""
+    return [
+        *((f"{x.sequence or 'chosen':9} {x}", partial(check_case, x)) for x in cases()),
         ("repeatable", check_repeatable),
         ("CUDA graph", check_cuda_graph),
         ("64-bit offsets", check_long_offsets),
         ("torch.compile", check_compiled),
         ("after plain attention", check_after_plain),
     ]
-    results = [guarded(name, run) for name, run in checks if only in name]
-    print(f"{results.count(True)} of {len(results)} checks passed")
-    sys.exit(results.count(False) > 0)
 
 
 if __name__ == "__main__":
-    main()
+    checking.main(__doc__, checks)

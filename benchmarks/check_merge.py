@@ -1,6 +1,6 @@
 """Check depth slots merged into a given attention, and masks in compiled code, on this GPU.
 
-    PYTHONPATH=. python benchmarks/check_merge.py
+    PYTHONPATH=. python benchmarks/check_merge.py [--only TEXT] [--jobs N]
 
 Rows as of check_gpu.py: errors of out, lse and every gradient against float64, beside the worst
 allowed. FlexAttention is the real one, compiled. Exits with 1 if a case fails.
@@ -16,9 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import checking
 import torch
-import triton
-from check_gpu import BF16, BUDGET, DEVICE, FP16, FP32, FP64, guarded, oracle, relative, tensor
+from check_gpu import BF16, BUDGET, DEVICE, FP16, FP32, FP64, oracle, relative, tensor
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -174,28 +174,23 @@ def check_compiled(kind: str, dtype: torch.dtype) -> str:
     return f"{worst:.0e}"
 
 
-def main() -> None:
-    """Print the rows."""
-    if not torch.cuda.is_available():
-        sys.exit("check_merge: no CUDA device.")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+def checks() -> list[checking.Check]:
+    """All of them."""
     shapes = [
         (BF16, 64, 4, 5), (BF16, 64, 1, 33), (BF16, 76, 2, 5), (FP16, 128, 2, 1),
         (FP32, 64, 2, 5), (FP64, 64, 2, 5), (BF16, 257, 1, 3),
     ]  # fmt: skip
-    checks: list[tuple[str, Callable[[], str]]] = []
+    found: list[checking.Check] = []
     for (dtype, d, g, s), layout in itertools.product(shapes, ("token_major", "dim_major")):
         name = f"merge {str(dtype)[6:]:8} d{d} G{g} S{s} {layout}"
-        checks.append((name, partial(check_merge, dtype, d, g, s, layout)))
+        found.append((name, partial(check_merge, dtype, d, g, s, layout)))
     for dtype in (BF16, FP32):
-        checks.append((f"FlexAttention and join {str(dtype)[6:]}", partial(check_flex, dtype)))
+        found.append((f"FlexAttention and join {str(dtype)[6:]}", partial(check_flex, dtype)))
         for kind in ("bool", "learned"):
             name = f"torch.compile, {kind} mask {str(dtype)[6:]}"
-            checks.append((name, partial(check_compiled, kind, dtype)))
-    results = [guarded(name, run) for name, run in checks]
-    print(f"{results.count(True)} of {len(results)} checks passed")
-    sys.exit(results.count(False) > 0)
+            found.append((name, partial(check_compiled, kind, dtype)))
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    checking.main(__doc__, checks)

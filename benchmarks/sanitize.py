@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from pathlib import Path
 import check_decode
 import check_gather
 import check_gpu
+import checking
 import torch
 import triton
 from check_gpu import BF16, FP16, FP32
@@ -44,8 +44,9 @@ _PLACE = re.compile(r"^=+ .*?\bat (?:void )?([A-Za-z_]\w*(?:::\w+)*).*?\+0x", re
 _SUMMARY = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) ", re.MULTILINE)
 
 
-def checks() -> Iterator[tuple[str, Callable[[], str]]]:
+def checks() -> list[checking.Check]:
     """Every kernel, with full and partial tiles, aligned rows and not, in the three dtypes."""
+    found: list[checking.Check] = []
     attention = check_gpu.Case(t=17, s=5, sequence="efficient")
     for case in (
         attention,
@@ -63,7 +64,7 @@ def checks() -> Iterator[tuple[str, Callable[[], str]]]:
         replace(attention, sequence="fused", d=76, g=1, dtype=FP32, t=9),
         replace(attention, sequence="fused", mode="stacked", mask="bool", causal=False, g=3),
     ):
-        yield f"attention {case}", partial(check_gpu.check_case, case)
+        found.append((f"attention {case}", partial(check_gpu.check_case, case)))
     gather = check_gather.Case(t=17, readers=(3, 2))
     for own in (
         gather,
@@ -74,7 +75,7 @@ def checks() -> Iterator[tuple[str, Callable[[], str]]]:
         replace(gather, g=3, d=76, readers=(4, 3, 2), begun=2, layout="mixed"),
         replace(gather, d=70, layout="odd_offset", dtype=FP16, made=FP16),
     ):
-        yield f"gather {own}", partial(check_gather.check, own)
+        found.append((f"gather {own}", partial(check_gather.check, own)))
     decode = check_decode.Case(keys=131)
     for one in (
         decode,
@@ -82,7 +83,8 @@ def checks() -> Iterator[tuple[str, Callable[[], str]]]:
         replace(decode, slots="stacked", dtype=FP32, d=24, mask="position"),
         replace(decode, g=8, queries=16, mask="alibi", layout="mixed"),
     ):
-        yield f"decode {one}", partial(check_decode.check, one)
+        found.append((f"decode {one}", partial(check_decode.check, one)))
+    return found
 
 
 def own_kernels() -> set[str]:
@@ -126,7 +128,7 @@ def main() -> None:
         # cuDNN's kernels store through the bulk copy engine, which initcheck doesn't see: all that
         # reads their results would be reported.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        passed = [check_gpu.guarded(name, run) for name, run in checks()]
+        passed = checking.run(checks)
         print(f"{passed.count(True)} of {len(passed)} checks passed")
         sys.exit(not all(passed))
     if shutil.which("compute-sanitizer") is None:
