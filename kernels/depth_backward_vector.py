@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moda_compile.kernels.tiles import load_slots, program_rows, row_cells, row_offsets, write_table
+from moda_compile.kernels.tiles import load_sides, program_rows, row_cells, row_offsets, write_table
 
 
 @triton.jit
@@ -173,13 +173,9 @@ def depth_backward_vector_kernel(
 
     # Loads as in the forward kernel.
     if AHEAD:
-        k = load_slots(
-            key, table, 0, slots, batch, kv_head, token, dim, live, key_strides, 0,
-            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-        )  # fmt: skip
-        v = load_slots(
-            value, table, 0, slots, batch, kv_head, token, dim, live, value_strides, 4,
-            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        k, v = load_sides(
+            key, value, table, 0, slots, batch, kv_head, token, dim, live, key_strides,
+            value_strides, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
     if AHEAD and ACCUMULATE:
         held_k = _load_gradients(
@@ -192,13 +188,9 @@ def depth_backward_vector_kernel(
         )  # fmt: skip
     for first in tl.range(0, slots, SLOTS, num_stages=1 if AHEAD else STAGES):
         coming = first + SLOTS if AHEAD else first
-        coming_k = load_slots(
-            key, table, coming, slots, batch, kv_head, token, dim, live, key_strides, 0,
-            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-        )  # fmt: skip
-        coming_v = load_slots(
-            value, table, coming, slots, batch, kv_head, token, dim, live, value_strides, 4,
-            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        coming_k, coming_v = load_sides(
+            key, value, table, coming, slots, batch, kv_head, token, dim, live, key_strides,
+            value_strides, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
         if ACCUMULATE:
             coming_held_k = _load_gradients(

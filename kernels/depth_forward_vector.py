@@ -18,7 +18,7 @@ import triton.language as tl
 
 from moda_compile.kernels.tiles import (
     load_once,
-    load_slots,
+    load_sides,
     program_rows,
     row_cells,
     row_offsets,
@@ -136,23 +136,15 @@ def depth_forward_vector_kernel(
     # next turn of the loop takes it leaves together, and on its way during this turn (AHEAD). With
     # more stages the compiler has the loads of later turns copied to shared memory meanwhile.
     if AHEAD:
-        k = load_slots(
-            key, table, 0, slots, batch, kv_head, token, dim, live, key_strides, 0,
-            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-        )  # fmt: skip
-        v = load_slots(
-            value, table, 0, slots, batch, kv_head, token, dim, live, value_strides, 4,
-            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        k, v = load_sides(
+            key, value, table, 0, slots, batch, kv_head, token, dim, live, key_strides,
+            value_strides, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
     for first in tl.range(0, slots, SLOTS, num_stages=1 if AHEAD else STAGES):
         coming = first + SLOTS if AHEAD else first
-        coming_k = load_slots(
-            key, table, coming, slots, batch, kv_head, token, dim, live, key_strides, 0,
-            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
-        )  # fmt: skip
-        coming_v = load_slots(
-            value, table, coming, slots, batch, kv_head, token, dim, live, value_strides, 4,
-            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        coming_k, coming_v = load_sides(
+            key, value, table, coming, slots, batch, kv_head, token, dim, live, key_strides,
+            value_strides, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
         if not AHEAD:
             k, v = coming_k, coming_v

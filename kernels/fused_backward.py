@@ -28,7 +28,7 @@ from moda_compile.kernels.fused_forward import (
     program_tokens,
     sees,
 )
-from moda_compile.kernels.tiles import load_slots, product, row_offsets
+from moda_compile.kernels.tiles import load_sides, product, row_offsets
 
 
 @triton.jit
@@ -122,14 +122,11 @@ def fused_query_kernel(
     own_token = (block * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     own_live = (own_token < queries)[:, None] & dim_live[None, :]
     for slot in range(0, slots):
-        (k,) = load_slots(
-            slot_key, table, slot, slots, batch, kv_head, token, dim, live, slot_key_strides,
-            0, 1, COLUMNS, TABLE, UNIFORM, ALIGN,
+        both = load_sides(
+            slot_key, slot_value, table, slot, slots, batch, kv_head, token, dim, live,
+            slot_key_strides, slot_value_strides, 1, COLUMNS, TABLE, UNIFORM, ALIGN,
         )  # fmt: skip
-        (v,) = load_slots(
-            slot_value, table, slot, slots, batch, kv_head, token, dim, live, slot_value_strides,
-            4, 1, COLUMNS, TABLE, UNIFORM, ALIGN,
-        )  # fmt: skip
+        k, v = both[0][0], both[1][0]
         wide_k = k.to(tl.float32)
         p = tl.exp2(tl.sum(wide_q * wide_k, 1) * (factor * LOG2E) - lse_log2)
         p = tl.where(row_live, p, 0.0)

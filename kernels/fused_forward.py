@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
-from moda_compile.kernels.tiles import load_slots, product, row_offsets
+from moda_compile.kernels.tiles import load_sides, product, row_offsets
 
 
 @triton.jit
@@ -152,14 +152,11 @@ def fused_forward_kernel(
 
     wide_q = q.to(tl.float32)
     for slot in range(0, slots):
-        (k,) = load_slots(
-            slot_key, table, slot, slots, batch, kv_head, token, dim, live, slot_key_strides,
-            0, 1, COLUMNS, TABLE, UNIFORM, ALIGN,
+        both = load_sides(
+            slot_key, slot_value, table, slot, slots, batch, kv_head, token, dim, live,
+            slot_key_strides, slot_value_strides, 1, COLUMNS, TABLE, UNIFORM, ALIGN,
         )  # fmt: skip
-        (v,) = load_slots(
-            slot_value, table, slot, slots, batch, kv_head, token, dim, live, slot_value_strides,
-            4, 1, COLUMNS, TABLE, UNIFORM, ALIGN,
-        )  # fmt: skip
+        k, v = both[0][0], both[1][0]
         score = tl.sum(wide_q * k.to(tl.float32), 1) * factor
         most = tl.maximum(maximum, score)
         shrink = tl.exp2(maximum - most)

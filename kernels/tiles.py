@@ -231,6 +231,24 @@ def load_slots(
 
 
 @triton.jit
+def load_sides(
+    key, value, table, first, slots, batch, head, token, dim, live, key_strides, value_strides,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, UNIFORM: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The keys and the values of SLOTS slots from `first` on: two tuples of `load_slots`."""
+    keys = load_slots(
+        key, table, first, slots, batch, head, token, dim, live, key_strides, 0,
+        SLOTS, COLUMNS, TABLE, UNIFORM, ALIGN,
+    )  # fmt: skip
+    values = load_slots(
+        value, table, first, slots, batch, head, token, dim, live, value_strides, 4,
+        SLOTS, COLUMNS, TABLE, UNIFORM, ALIGN,
+    )  # fmt: skip
+    return keys, values
+
+
+@triton.jit
 def write_table(
     table, COLUMNS: tl.constexpr, COPIES: tl.constexpr,
     n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, n11, n12, n13, n14, n15,
