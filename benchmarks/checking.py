@@ -44,13 +44,13 @@ def main(about: str, checks: Callable[[], Sequence[Check]]) -> None:
 
 def run(checks: Callable[[], Sequence[Check]], only: str = "", jobs: int = 1) -> list[bool]:
     """Whether each check passed whose name contains `only`."""
-    chosen = [i for i, (name, _) in enumerate(checks()) if only in name]
-    one = partial(_numbered, checks)
+    every = checks()
+    chosen = [i for i, (name, _) in enumerate(every) if only in name]
     if jobs == 1:
-        return [one(i) for i in chosen]
+        return [guarded(*every[i]) for i in chosen]
     # A process that has the GPU can't be forked.
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        return pool.map(one, chosen, chunksize=1)
+        return pool.map(partial(_numbered, checks), chosen, chunksize=1)
 
 
 def _numbered(checks: Callable[[], Sequence[Check]], number: int) -> bool:
