@@ -122,22 +122,21 @@ def configurations(shape: Shape, title: str) -> Iterator[Configuration]:
     else:
         found = [(4, 2, 4, 1), (4, 1, 4, 2), (8, 2, 4, 1)]
     yield from _tiles(shape, found)
-    yield "matrix", configs.Tile(tokens=1, slots=16, warps=1, stages=1)
+    yield "matrix", configs.Tile(rows=1, slots=16, warps=1, stages=1)
 
 
 def _tiles(shape: Shape, found: list[tuple[int, int, int, int]]) -> Iterator[Configuration]:
     for elements, slots, warps, stages in found:
         rows = max(1, 32 * warps * elements // configs.padded(shape.head_dim))
-        yield "vector", configs.Tile(tokens=rows, slots=slots, warps=warps, stages=stages)
+        yield "vector", configs.Tile(rows=rows, slots=slots, warps=warps, stages=stages)
 
 
 def named(configuration: Configuration) -> str:
     products, tile = configuration
     if tile is None:
         return f"{products} <- chosen tile"
-    tokens = "rows" if products == "vector" else "tokens"
     return (
-        f"{products} {tokens}={tile.tokens:<2} slots={tile.slots:<2} warps={tile.warps}"
+        f"{products} rows={tile.rows:<2} slots={tile.slots:<2} warps={tile.warps}"
         f" stages={tile.stages}"
     )
 

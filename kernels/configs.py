@@ -4,14 +4,15 @@ There is no autotuning at run time: a tile changes the speed, never the result b
 a first step that compiles a dozen candidates per layer costs more than it gains. What decides:
 
 - The kernels are bound by memory bandwidth: enough loads in flight matter, not the arithmetic.
-- A program's product is one tiny matrix product per token, and Triton gives whole tokens to its
-  warps: as many tokens as warps, or one token whose rows and columns the warps share.
-- A float32 tile [head_dim, group] of a token stays in registers through forward; backward has three
-  of them and [slots, head_dim]. Where they don't fit beside several tokens, one token a program.
+- A program has rows, of one (token, key/value head) each. Its product is one tiny matrix product
+  per row, and Triton gives whole rows to its warps: as many rows as warps, or one row whose matrix
+  the warps share.
+- A float32 tile [head_dim, group] of a row stays in registers through forward; backward has three
+  of them and [slots, head_dim]. Where they don't fit beside several rows, one row a program.
 - 16 slots a step is the least that a tensor-core product takes.
 - It also takes 16 query heads. Where a key/value head has few of its own, `products` chooses the
-  vector kernels, which multiply without tensor cores. A program of theirs has as many rows, one
-  (token, key/value head) each, as its threads cover in one access a row.
+  vector kernels, which multiply without tensor cores. A program of theirs has as many rows as its
+  threads cover in one access a row.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """tokens: tokens a program; slots: depth slots a step; warps, stages: launch options.
+    """rows: (token, key/value head) pairs a program; slots: depth slots a step; warps, stages:
+    launch options.
 
-    Of a vector kernel: tokens are rows, of one (token, key/value head) each, and with 2 stages a
-    step's slots are loaded a step ahead, into registers; with more, stages - 1 steps ahead, into
-    shared memory. registers: the most a thread may have, or None: what the compiler likes.
+    In a vector kernel with 2 stages a step's slots are loaded a step ahead, into registers; with
+    more, stages - 1 steps ahead, into shared memory. registers: the most a thread may have, or
+    None: what the compiler likes.
     """
 
-    tokens: int
+    rows: int
     slots: int
     warps: int
     stages: int
     registers: int | None = None
+
+    def programs(self, batch: Any, tokens: Any, kv_heads: Any) -> Any:
+        """How many have all rows of tensors of these sizes, which may be symbolic."""
+        return batch * -(-tokens * kv_heads // self.rows)
 
 
 def padded(n: int) -> int:
@@ -54,7 +60,7 @@ Products = Literal["vector", "matrix"]
 _VECTOR_STATE = 32
 
 
-def products(*, head_dim: int, group: int, dtype: torch.dtype) -> Products:
+def products(*, head_dim: int, group: int, dtype: torch.dtype, slots: int = 0) -> Products:
     """Which kernels serve the depth part.
 
     Of a tensor-core product, padded to 16 query heads, a group of 4 uses a quarter; its operands'
@@ -65,9 +71,17 @@ def products(*, head_dim: int, group: int, dtype: torch.dtype) -> Products:
 
     Args:
         head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
+        slots: how many, of a kernel that doesn't write their gradients; otherwise 0.
     """
     elements = max(16 // dtype.itemsize, padded(head_dim) // 32)
-    return "vector" if group * elements <= _VECTOR_STATE else "matrix"
+    # A program of the matrix kernels takes longer to begin, and its steps are shorter. On an H200,
+    # us at 12, 28 and 64 slots of a table: forward 83, 159 and 326, against 128, 169 and 287; query
+    # 131, 234 and 441, against 128, 209 and 308. At a group of 3 they are level at 64.
+    many = slots >= _MANY_SLOTS and group > 3 and dtype.itemsize < 4
+    return "vector" if group * elements <= _VECTOR_STATE and not many else "matrix"
+
+
+_MANY_SLOTS = 32
 
 
 def vector_forward_tile(
@@ -193,68 +207,99 @@ def _rows(
     # A row that several warps share would be summed through shared memory.
     warps = warps if padded(head_dim) // width <= 32 else 1
     rows = max(1, 32 * warps * width // padded(head_dim))
-    return Tile(tokens=rows, slots=slots, warps=warps, stages=stages, registers=registers)
+    return Tile(rows=rows, slots=slots, warps=warps, stages=stages, registers=registers)
 
 
 def forward_tile(
-    *, head_dim: int, group: int, dtype: torch.dtype, capability: tuple[int, int]
+    *,
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    table: bool,
 ) -> Tile:
     """Tile of the forward kernel.
 
     Args:
         head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
         capability: (major, minor) compute capability; (0, 0) if unknown.
+        table: the slots' addresses are read from a table.
     """
-    if _two_warps(head_dim, group, dtype):
-        # Measured on an H200: programs of four tokens and warps are 3 and 11% slower at a head_dim
-        # of 64 and groups of 8 and 16; of two stages for four 8% at 32; of one for three 4% at a
-        # head_dim of 128 and a group of 8. At 128 and 32 more than one stage spills registers.
-        cost = _cost(head_dim, group, dtype)
-        stages = 2 if cost <= _SMALL else 4 if head_dim <= 64 else 3 if cost <= 2 * _SMALL else 1
-        return Tile(tokens=2, slots=16, warps=2, stages=_stages(capability, stages))
-    if _cost(head_dim, group, dtype) <= _SMALL:
-        return Tile(tokens=4, slots=16, warps=4, stages=_stages(capability))
-    return _one_token(head_dim, group, dtype)
+    stages = 3 if padded(head_dim) <= 128 else 2
+    return _reading(head_dim, group, dtype, capability, table, stages)
+
+
+def query_tile(
+    *,
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    table: bool,
+) -> Tile:
+    """Tile of the backward kernel without the slots' gradients; arguments as for `forward_tile`."""
+    return _reading(head_dim, group, dtype, capability, table, 3 if head_dim <= 64 else 2)
 
 
 def backward_tile(
     *, head_dim: int, group: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Tile:
-    """Tile of the backward kernel; arguments as for `forward_tile`."""
+    """Tile of the backward kernel with them; arguments as for `forward_tile`."""
     cost = _cost(head_dim, group, dtype)
     if cost <= _SMALL:
-        return Tile(tokens=2, slots=16, warps=2, stages=1)
-    if _two_warps(head_dim, group, dtype):
-        tokens = 2 if cost <= 2 * _SMALL else 1
-        # Measured on an H200: three stages are 7% faster than two at a head_dim of 64 and a group
-        # of 32, one is 3% faster at 128 and 8.
+        # Measured on an H200, d=64: 15% faster than one stage without a limit of registers. Three
+        # stages for two are 1% faster at a group of 8 and 5% slower at 16.
+        stages = _stages(capability, 3 if group <= 8 else 2)
+        return Tile(rows=2, slots=16, warps=2, stages=stages, registers=168)
+    if dtype != torch.float32 and padded(head_dim) <= 128 and padded(group) <= 32:
+        # Measured on an H100 (benchmarks/results/tiles_h100.txt) at head dims of 64 and 128 and
+        # groups of 8 and 32: 1.4 to 1.6 times as fast as a row that four warps share, although a
+        # few registers are spilled. On an H200: three stages are 5% faster than two at a head_dim
+        # of 64 and a group of 32, one is 2% faster than two at 128 and 8.
+        rows = 2 if cost <= 2 * _SMALL else 1
         stages = 3 if head_dim <= 64 else 1 if cost <= 2 * _SMALL else 2
-        return Tile(tokens=tokens, slots=16, warps=2, stages=_stages(capability, stages))
-    return _one_token(head_dim, group, dtype)
+        return Tile(rows=rows, slots=16, warps=2, stages=_stages(capability, stages))
+    return _one_row(head_dim, group, dtype)
 
 
 _SMALL = 64 * 16
 
 
-def _two_warps(head_dim: int, group: int, dtype: torch.dtype) -> bool:
-    """Whether a program has two warps, with a token each or one that they share.
+def _reading(
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    table: bool,
+    stages: int,
+) -> Tile:
+    """Tile of a matrix kernel that doesn't write the slots' gradients.
 
-    Measured on an H100 (benchmarks/results/tiles_h100.txt) at head dims of 64 and 128 and groups of
-    8 and 32: 1.4 to 1.6 times as fast as a token that four warps share, although a few registers
-    are spilled backward. What has larger tiles, or is float32, spills many.
+    Measured on an H200 (benchmarks/results/tiles_h200.txt, sections 11 and 12) at head dims of 64,
+    80, 128 and 256 and groups of 8, 16 and 32: two rows with a warp each are 1.1 to 2 times as fast
+    as the tiles before. Four rows, one row, and two warps a row are slower.
     """
-    return dtype != torch.float32 and padded(head_dim) <= 128 and padded(group) <= 32
+    cost = _cost(head_dim, group, dtype)
+    if cost <= _SMALL or (dtype != torch.float32 and cost <= 4 * _SMALL and padded(group) <= 32):
+        if table:
+            # A third stage has addresses copied ahead, with a barrier for each side. Up to a
+            # head_dim of 128 that costs 0 to 10%, at 256 it saves 25%.
+            stages = 2 if padded(head_dim) <= 128 else 3
+        # With a group of 32 and 64 elements a few registers more keep a sixth program out.
+        limit = 168 if head_dim <= 64 and cost > _SMALL else None
+        return Tile(rows=2, slots=16, warps=2, stages=_stages(capability, stages), registers=limit)
+    return _one_row(head_dim, group, dtype)
 
 
 def _cost(head_dim: int, group: int, dtype: torch.dtype) -> int:
-    """Elements of a token's [head_dim, group] tile; float32 operands take twice the registers."""
+    """Elements of a row's [head_dim, group] tile; float32 operands take twice the registers."""
     return padded(head_dim) * padded(group) * (2 if dtype == torch.float32 else 1)
 
 
-def _one_token(head_dim: int, group: int, dtype: torch.dtype) -> Tile:
+def _one_row(head_dim: int, group: int, dtype: torch.dtype) -> Tile:
     # Chosen by the compiler's resource report for compute capability 9.0: no registers spilled.
     warps = 4 if _cost(head_dim, group, dtype) <= 128 * 32 else 8
-    return Tile(tokens=1, slots=16, warps=warps, stages=1)
+    return Tile(rows=1, slots=16, warps=warps, stages=1)
 
 
 def _copies(capability: tuple[int, int]) -> bool:

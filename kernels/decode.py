@@ -35,7 +35,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moda_compile.kernels import MASK_CHUNK, configs, launch, slot_table, tiles, visible
 from moda_compile.kernels.decode_merge import decode_merge_kernel
-from moda_compile.kernels.decode_parts import ask_for, slot_tile, with_keys, with_slots
+from moda_compile.kernels.decode_parts import ask_for_keys, slot_tile, with_keys, with_slots
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 _ROW_ELEMENTS = 4  # rows of partial results start on 16-byte boundaries
@@ -203,9 +203,9 @@ def decode_split_kernel(
     if DEPENDENT:
         # While the kernels before it end the first keys are on their way.
         start = key + batch * key_stride_batch + kv_head * key_stride_head
-        ask_for(start, first, last, key_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
+        ask_for_keys(start, first, last, key_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
         start = value + batch * value_stride_batch + kv_head * value_stride_head
-        ask_for(start, first, last, value_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
+        ask_for_keys(start, first, last, value_stride_token, HEAD_DIM, PADDED_DIM, KEYS)
         gdc_wait()
     q = tl.load(query_rows[:, None] + dim[None, :], mask=live, other=0.0)
 

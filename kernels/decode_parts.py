@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moda_compile.kernels.slot_table import listed_number
-from moda_compile.kernels.tiles import product, slot_rows
+from moda_compile.kernels.tiles import ask_for, product, slot_rows
 from moda_compile.kernels.visible import visible_range
 
 
@@ -73,10 +73,11 @@ def slot_tile(
         row = batch * stride_batch + kv_head * stride_head + tl.cast(token, tl.int64) * stride_token
         rows = address.to(tl.pointer_type(source.dtype.element_ty)) + row
     else:
+        one = tl.arange(0, 1)  # row
         rows = slot_rows(
-            source, table, slot.to(tl.int64), slot_live, batch, kv_head,
-            (token + tl.arange(0, 1)).to(tl.int64), stride_slot, stride_batch, stride_head,
-            stride_token, FIRST, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+            source, table, slot.to(tl.int64), slot_live, batch, kv_head + one,
+            (token + one).to(tl.int64), (stride_slot, stride_batch, stride_head, stride_token),
+            FIRST, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
         )  # fmt: skip
         rows = tl.reshape(rows, (SLOTS,))
     rows = tl.multiple_of(rows, [SLOT_ALIGN])
@@ -111,24 +112,20 @@ def joined(maximum, weight, total, other_maximum, other_weight, other_total):
 
 
 @triton.jit
-def ask_for(
+def ask_for_keys(
     start, first, last, stride_token, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Have an NVIDIA GPU bring the first KEYS rows of [first, last) into its L2 cache.
+    """`ask_for` the first KEYS rows of [first, last).
 
-    start: of a batch entry's keys or values of one head. Nothing waits for them. What another
-    kernel writes there meanwhile is seen all the same: all writes go through that cache.
+    start: of a batch entry's keys or values of one head.
     """
     SECTOR: tl.constexpr = 256 // start.dtype.element_ty.primitive_bitwidth  # of 32 bytes
     if first < last:
-        u = tl.minimum(first + tl.arange(0, KEYS), last - 1).to(tl.int64)
-        dim = tl.minimum(tl.arange(0, PADDED_DIM // SECTOR) * SECTOR, HEAD_DIM - 1)
-        address = start + (u * stride_token)[:, None] + dim[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        u = first + tl.arange(0, KEYS)
+        dim = tl.arange(0, PADDED_DIM // SECTOR) * SECTOR
+        address = start + (u.to(tl.int64) * stride_token)[:, None] + dim[None, :]
+        ask_for(address, (u < last)[:, None] & (dim < HEAD_DIM)[None, :])
 
 
 @triton.jit

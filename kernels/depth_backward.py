@@ -24,7 +24,14 @@ from torch import Tensor
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.depth_backward_vector import depth_backward_vector_kernel
-from moda_compile.kernels.tiles import batched_dot, head_rows, slot_rows
+from moda_compile.kernels.tiles import (
+    ask_for_rows,
+    ask_for_slots,
+    batched_dot,
+    head_rows,
+    program_rows,
+    slot_rows,
+)
 
 
 @triton.jit
@@ -80,7 +87,7 @@ def depth_backward_kernel(
     PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TABLE: tl.constexpr,
@@ -90,28 +97,29 @@ def depth_backward_kernel(
     ALIGN: tl.constexpr,
     SLOT_ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
+    ASK: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
     """Write grad_query and delta_out, or (GRADIENTS) grad_query and write or (ACCUMULATE) add to
-    grad_key and grad_value; see `run`.
+    grad_key and grad_value; see `run`. ASK: as for `depth_forward_kernel`.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
-    blocks = tl.cdiv(tokens, TOKENS)
-    program = tl.program_id(0)
-    pair = program // blocks
-    batch = (pair // kv_heads).to(tl.int64)
-    kv_head = (pair % kv_heads).to(tl.int64)
-    token = ((program % blocks) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    batch, kv_head, token, row_live = program_rows(tokens, kv_heads, ROWS)
+    key_strides = (key_stride_slot, key_stride_batch, key_stride_head, key_stride_token)
+    value_strides = (value_stride_slot, value_stride_batch, value_stride_head, value_stride_token)
     member = tl.arange(0, PADDED_GROUP)
-    head = kv_head * GROUP + member
+    head = kv_head[:, None] * GROUP + member[None, :]
     dim = tl.arange(0, PADDED_DIM)
     factor = tl.cast(scale, tl.float32)
 
-    token_live = token < tokens
     dim_live = dim < HEAD_DIM
-    head_live = token_live[:, None] & (member < GROUP)[None, :]
+    head_live = row_live[:, None] & (member < GROUP)[None, :]
     tile_live = head_live[:, :, None] & dim_live[None, None, :]
 
+    lse_rows = (
+        lse + batch * lse_stride_batch + head * lse_stride_head + token[:, None] * lse_stride_token
+    )
+    lse_log2 = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
     query_rows = head_rows(
         query,
         batch,
@@ -138,68 +146,54 @@ def depth_backward_kernel(
         ALIGN,
     )
     do = tl.load(grad_out_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 2)  # [token, head]
-    if not GRADIENTS:
-        delta_rows = (batch * kv_heads * GROUP + head[None, :]) * tokens + token[:, None]
-        tl.store(delta_out + delta_rows, delta, mask=head_live)
-    lse_rows = (
-        lse
-        + batch * lse_stride_batch
-        + head[None, :] * lse_stride_head
-        + token[:, None] * lse_stride_token
+    sequence_rows = head_rows(
+        sequence_grad_query,
+        batch,
+        head,
+        token,
+        sequence_stride_batch,
+        sequence_stride_head,
+        sequence_stride_token,
+        ALIGN,
     )
-    lse_log2 = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
+    if ASK:
+        # As forward; sequence_grad_query is read when everything else is done.
+        ask_for_slots(
+            key, table, slots, batch, kv_head, token, row_live, key_strides,
+            0, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+        ask_for_slots(
+            value, table, slots, batch, kv_head, token, row_live, value_strides,
+            4, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+        ask_for_rows(sequence_rows, head_live, HEAD_DIM, PADDED_DIM)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 2)  # [row, head]
+    if not GRADIENTS:
+        delta_rows = (batch * kv_heads * GROUP + head) * tokens + token[:, None]
+        tl.store(delta_out + delta_rows, delta, mask=head_live)
     q_columns = tl.permute(q, (0, 2, 1))
     do_columns = tl.permute(do, (0, 2, 1))
-    dq = tl.zeros([TOKENS, PADDED_GROUP, PADDED_DIM], tl.float32)
+    dq = tl.zeros([ROWS, PADDED_GROUP, PADDED_DIM], tl.float32)
 
     for first in range(0, slots, SLOTS):
         slot = (first + tl.arange(0, SLOTS)).to(tl.int64)
         slot_live = slot < slots
-        row_live = token_live[:, None] & slot_live[None, :]
-        load_live = row_live[:, :, None] & dim_live[None, None, :]
+        slots_live = row_live[:, None] & slot_live[None, :]
+        load_live = slots_live[:, :, None] & dim_live[None, None, :]
         key_rows = slot_rows(
-            key,
-            table,
-            slot,
-            slot_live,
-            batch,
-            kv_head,
-            token,
-            key_stride_slot,
-            key_stride_batch,
-            key_stride_head,
-            key_stride_token,
-            0,
-            COLUMNS,
-            TABLE,
-            UNIFORM,
-            SLOT_ALIGN,
-        )
+            key, table, slot, slot_live, batch, kv_head, token, key_strides,
+            0, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
         k = tl.load(key_rows[:, :, None] + dim[None, None, :], mask=load_live, other=0.0)
         value_rows = slot_rows(
-            value,
-            table,
-            slot,
-            slot_live,
-            batch,
-            kv_head,
-            token,
-            value_stride_slot,
-            value_stride_batch,
-            value_stride_head,
-            value_stride_token,
-            4,
-            COLUMNS,
-            TABLE,
-            UNIFORM,
-            SLOT_ALIGN,
-        )
+            value, table, slot, slot_live, batch, kv_head, token, value_strides,
+            4, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
         v = tl.load(value_rows[:, :, None] + dim[None, None, :], mask=load_live, other=0.0)
-        z = batched_dot(k, q_columns, EMULATED) * (factor * LOG2E)  # [token, slot, head]
+        z = batched_dot(k, q_columns, EMULATED) * (factor * LOG2E)  # [row, slot, head]
         p = tl.exp2(z - lse_log2[:, None, :])
         # A slot past the last has z = 0, so its p may overflow; it must not reach dq as inf * 0.
-        p = tl.where(row_live[:, :, None], p, 0.0)
+        p = tl.where(slots_live[:, :, None], p, 0.0)
         dp = batched_dot(v, do_columns, EMULATED)
         # The factor `scale` enters after the products, so that dz stays in float16's range.
         dz = (p * (dp - delta[:, None, :])).to(q.dtype)
@@ -209,7 +203,7 @@ def depth_backward_kernel(
             dv = batched_dot(p.to(q.dtype), do, EMULATED)
             grad_rows = (
                 batch * grad_stride_batch
-                + kv_head * grad_stride_head
+                + kv_head[:, None] * grad_stride_head
                 + slot[None, :] * grad_stride_slot
                 + token[:, None] * grad_stride_token
             )
@@ -223,16 +217,6 @@ def depth_backward_kernel(
             tl.store(key_cells, dk.to(grad_key.dtype.element_ty), mask=load_live)
             tl.store(value_cells, dv.to(grad_value.dtype.element_ty), mask=load_live)
 
-    sequence_rows = head_rows(
-        sequence_grad_query,
-        batch,
-        head,
-        token,
-        sequence_stride_batch,
-        sequence_stride_head,
-        sequence_stride_token,
-        ALIGN,
-    )
     sequence = tl.load(sequence_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
     dq = sequence.to(tl.float32) + dq * factor
     grad_query_rows = head_rows(
@@ -298,7 +282,9 @@ def run(
         grad_strides = grad_key.stride()
     grad_align = launch.alignment(grad_key, grad_value)
     slot_align = slots.align
-    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype)
+    # Only a vector kernel makes a table of slots itself.
+    many = 0 if slots.named or delta is None else slots.count
+    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype, slots=many)
     kernel: Any = depth_backward_vector_kernel
     if products == "vector":
         # Tiles of equal accesses, in elements, lie in the same threads.
@@ -311,9 +297,7 @@ def run(
         tile = tile or choose_tile(
             head_dim=d, group=group, dtype=q.dtype, width=width, capability=launch.capability(q)
         )
-        blocks = b * -(-t * hk // tile.tokens)
         own: dict[str, Any] = dict(
-            ROWS=tile.tokens,
             STAGES=tile.stages,
             COPIES=tiles.TABLE_COPIES,
             ALIGN=min(align, slot_align),
@@ -321,19 +305,21 @@ def run(
         own |= slot_table.names(slots, "n")
     else:
         kernel = depth_backward_kernel
-        tile = tile or configs.backward_tile(
+        choose_tile = configs.backward_tile
+        if delta is not None:
+            choose_tile = partial(configs.query_tile, table=slots.is_table)
+        tile = tile or choose_tile(
             head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
         )
-        blocks = -(-t // tile.tokens) * b * hk
         own = dict(
             PADDED_GROUP=configs.padded(group),
-            TOKENS=tile.tokens,
             ALIGN=align,
+            ASK=launch.asks(),
             EMULATED=launch.EMULATED,
             num_stages=tile.stages,
         )
     with launch.on_device(q):
-        launch.launchable(kernel, slots.traced, tile.registers)[(blocks,)](
+        launch.launchable(kernel, slots.traced, tile.registers)[(tile.programs(b, t, hk),)](
             q,
             out,
             grad_out,
@@ -362,6 +348,7 @@ def run(
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
+            ROWS=tile.rows,
             SLOTS=tile.slots,
             COLUMNS=tiles.TABLE_COLUMNS,
             TABLE=slots.is_table,

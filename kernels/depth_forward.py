@@ -2,8 +2,8 @@
 
 Source: arXiv 2603.15619, section 3 (one joint softmax over the sequence and the depth slots). The
 sequence part arrives normalised, with the log-sum-exp of its scores, so it enters the online
-softmax as one more key: score lse_seq, value out_seq. A program handles TOKENS tokens of one
-(batch, key/value head) and all query heads that share it, so every slot is read exactly once.
+softmax as one more key: score lse_seq, value out_seq. A program handles ROWS rows of one (token,
+key/value head) each and all query heads that share it, so every slot is read exactly once.
 """
 
 # The arguments of Triton functions have no Python types.
@@ -20,7 +20,13 @@ from torch import Tensor
 
 from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.depth_forward_vector import depth_forward_vector_kernel
-from moda_compile.kernels.tiles import batched_dot, head_rows, slot_rows
+from moda_compile.kernels.tiles import (
+    ask_for_slots,
+    batched_dot,
+    head_rows,
+    program_rows,
+    slot_rows,
+)
 
 
 @triton.jit
@@ -64,45 +70,40 @@ def depth_forward_kernel(
     PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TABLE: tl.constexpr,
     UNIFORM: tl.constexpr,
     ALIGN: tl.constexpr,
     SLOT_ALIGN: tl.constexpr,
+    ASK: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Write out and lse of the joint softmax; shapes as in `run_list`, strides in elements."""
+    """Write out and lse of the joint softmax; shapes as in `run`, strides in elements.
+
+    ASK: the first slots are asked for as a program begins (`tiles.ask_for`).
+    """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
-    blocks = tl.cdiv(tokens, TOKENS)
-    program = tl.program_id(0)
-    pair = program // blocks
-    batch = (pair // kv_heads).to(tl.int64)
-    kv_head = (pair % kv_heads).to(tl.int64)
-    token = ((program % blocks) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    batch, kv_head, token, row_live = program_rows(tokens, kv_heads, ROWS)
+    key_strides = (key_stride_slot, key_stride_batch, key_stride_head, key_stride_token)
+    value_strides = (value_stride_slot, value_stride_batch, value_stride_head, value_stride_token)
     member = tl.arange(0, PADDED_GROUP)
-    head = kv_head * GROUP + member
+    head = kv_head[:, None] * GROUP + member[None, :]
     dim = tl.arange(0, PADDED_DIM)
     scale_log2 = tl.cast(scale, tl.float32) * LOG2E
 
-    token_live = token < tokens
     dim_live = dim < HEAD_DIM
-    head_live = token_live[:, None] & (member < GROUP)[None, :]
+    head_live = row_live[:, None] & (member < GROUP)[None, :]
     tile_live = head_live[:, None, :] & dim_live[None, :, None]
 
-    query_rows = head_rows(
-        query,
-        batch,
-        head,
-        token,
-        query_stride_batch,
-        query_stride_head,
-        query_stride_token,
-        ALIGN,
+    lse_rows = (
+        sequence_lse
+        + batch * sequence_lse_stride_batch
+        + head * sequence_lse_stride_head
+        + token[:, None] * sequence_lse_stride_token
     )
-    q = tl.load(query_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
     sequence_rows = head_rows(
         sequence_out,
         batch,
@@ -113,69 +114,59 @@ def depth_forward_kernel(
         sequence_stride_token,
         ALIGN,
     )
-    total = tl.load(sequence_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
-    total = total.to(tl.float32)
-    lse_rows = (
-        sequence_lse
-        + batch * sequence_lse_stride_batch
-        + head[None, :] * sequence_lse_stride_head
-        + token[:, None] * sequence_lse_stride_token
+    query_rows = head_rows(
+        query,
+        batch,
+        head,
+        token,
+        query_stride_batch,
+        query_stride_head,
+        query_stride_token,
+        ALIGN,
     )
     # Online softmax in base 2: running maximum, sum of 2^(z - maximum), and weighted values.
     # The sequence part is the first element: z = lse_seq, weight 1, value out_seq.
     maximum = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
-    weight = tl.full([TOKENS, PADDED_GROUP], 1.0, tl.float32)
+    weight = tl.full([ROWS, PADDED_GROUP], 1.0, tl.float32)
+    total = tl.load(sequence_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
+    q = tl.load(query_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
+    if ASK:
+        # These loads are waited for before the loop, which would ask for the first slots then.
+        ask_for_slots(
+            key, table, slots, batch, kv_head, token, row_live, key_strides,
+            0, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+        ask_for_slots(
+            value, table, slots, batch, kv_head, token, row_live, value_strides,
+            4, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+    total = total.to(tl.float32)
 
     for first in range(0, slots, SLOTS):
         slot = (first + tl.arange(0, SLOTS)).to(tl.int64)
         slot_live = slot < slots
-        load_live = (token_live[:, None] & slot_live[None, :])[:, :, None] & dim_live[None, None, :]
+        slots_live = row_live[:, None] & slot_live[None, :]
+        load_live = slots_live[:, :, None] & dim_live[None, None, :]
+        values_live = slots_live[:, None, :] & dim_live[None, :, None]
         key_rows = slot_rows(
-            key,
-            table,
-            slot,
-            slot_live,
-            batch,
-            kv_head,
-            token,
-            key_stride_slot,
-            key_stride_batch,
-            key_stride_head,
-            key_stride_token,
-            0,
-            COLUMNS,
-            TABLE,
-            UNIFORM,
-            SLOT_ALIGN,
-        )
+            key, table, slot, slot_live, batch, kv_head, token, key_strides,
+            0, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
         k = tl.load(key_rows[:, :, None] + dim[None, None, :], mask=load_live, other=0.0)
         value_rows = slot_rows(
-            value,
-            table,
-            slot,
-            slot_live,
-            batch,
-            kv_head,
-            token,
-            value_stride_slot,
-            value_stride_batch,
-            value_stride_head,
-            value_stride_token,
-            4,
-            COLUMNS,
-            TABLE,
-            UNIFORM,
-            SLOT_ALIGN,
-        )
-        v = tl.load(value_rows[:, :, None] + dim[None, None, :], mask=load_live, other=0.0)
-        z = batched_dot(k, q, EMULATED) * scale_log2  # [token, slot, head]
+            value, table, slot, slot_live, batch, kv_head, token, value_strides,
+            4, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN,
+        )  # fmt: skip
+        # As the product takes it: what it would take permuted is not copied to shared memory ahead.
+        v = tl.load(value_rows[:, None, :] + dim[None, :, None], mask=values_live, other=0.0)
+        z = batched_dot(k, q, EMULATED) * scale_log2  # [row, slot, head]
         z = tl.where(slot_live[None, :, None], z, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(z, 1))
         shrink = tl.exp2(maximum - new_maximum)
         p = tl.exp2(z - new_maximum[:, None, :])
         weight = weight * shrink + tl.sum(p, 1)
         total = total * shrink[:, None, :]
-        total += batched_dot(tl.permute(v, (0, 2, 1)), p.to(v.dtype), EMULATED)
+        total += batched_dot(v, p.to(v.dtype), EMULATED)
         maximum = new_maximum
 
     total = total / weight[:, None, :]
@@ -186,10 +177,7 @@ def depth_forward_kernel(
         out_rows[:, None, :] + dim[None, :, None], total.to(out.dtype.element_ty), mask=tile_live
     )
     joint_rows = (
-        lse
-        + batch * lse_stride_batch
-        + head[None, :] * lse_stride_head
-        + token[:, None] * lse_stride_token
+        lse + batch * lse_stride_batch + head * lse_stride_head + token[:, None] * lse_stride_token
     )
     tl.store(joint_rows, (maximum + tl.log2(weight)) * LN2, mask=head_live)
 
@@ -225,17 +213,17 @@ def run(
     out = launch.token_major_empty(q, q.shape)
     lse = q.new_empty((b, hq, t), dtype=torch.float32)
     align = launch.alignment(q, sequence_out, out)
-    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype)
+    # Only a vector kernel makes a table of slots itself.
+    many = 0 if slots.named else slots.count
+    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype, slots=many)
     kernel: Any = depth_forward_vector_kernel
     if products == "vector":
         width = slots.align // q.element_size()
         tile = tile or configs.vector_forward_tile(
             head_dim=d, group=group, dtype=q.dtype, width=width, capability=launch.capability(q)
         )
-        blocks = b * -(-t * hk // tile.tokens)
         # Tiles of equal accesses lie in the same threads.
         own: dict[str, Any] = dict(
-            ROWS=tile.tokens,
             STAGES=tile.stages,
             COPIES=tiles.TABLE_COPIES,
             ALIGN=min(align, slots.align),
@@ -244,18 +232,21 @@ def run(
     else:
         kernel = depth_forward_kernel
         tile = tile or configs.forward_tile(
-            head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
+            head_dim=d,
+            group=group,
+            dtype=q.dtype,
+            capability=launch.capability(q),
+            table=slots.is_table,
         )
-        blocks = -(-t // tile.tokens) * b * hk
         own = dict(
             PADDED_GROUP=configs.padded(group),
-            TOKENS=tile.tokens,
             ALIGN=align,
+            ASK=launch.asks(),
             EMULATED=launch.EMULATED,
             num_stages=tile.stages,
         )
     with launch.on_device(q):
-        launch.launchable(kernel, slots.traced, tile.registers)[(blocks,)](
+        launch.launchable(kernel, slots.traced, tile.registers)[(tile.programs(b, t, hk),)](
             q,
             sequence_out,
             sequence_lse,
@@ -278,6 +269,7 @@ def run(
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
+            ROWS=tile.rows,
             SLOTS=tile.slots,
             COLUMNS=tiles.TABLE_COLUMNS,
             TABLE=slots.is_table,

@@ -392,7 +392,7 @@ def run(
     own_starts = [*starts, *[None] * 2 * (MOST_SLOTS - finished)]
     with launch.on_device(keys[0]):
         launch.launchable(depth_gather_kernel, rows.traced, tile.registers)[
-            (b * -(-t * hk // tile.tokens),)
+            (tile.programs(b, t, hk),)
         ](
             rows.key,
             rows.value,
@@ -420,7 +420,7 @@ def run(
             GROUP=group,
             HEAD_DIM=d,
             PADDED_DIM=configs.padded(d),
-            ROWS=tile.tokens,
+            ROWS=tile.rows,
             SLOTS=MOST_SLOTS - missing,
             UNFINISHED=unfinished,
             READERS=tile.slots,

@@ -58,6 +58,11 @@ def dependent_launches(x: Tensor) -> bool:
     return not EMULATED and torch.version.hip is None and capability(x) >= (9, 0)
 
 
+def asks() -> bool:
+    """Whether kernels may have the GPU bring something into its L2 cache: by NVIDIA's code."""
+    return not EMULATED and torch.version.hip is None
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make x's GPU the current one: Triton launches on the current device, whatever it is given."""
     if x.is_cuda and torch.cuda.is_available() and x.get_device() != torch.cuda.current_device():

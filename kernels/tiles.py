@@ -1,11 +1,10 @@
 """Helpers shared by the Triton kernels: where a tile lies in memory, and products of tiny tiles.
 
-Names of tile axes: token (TOKENS of them a program), slot (SLOTS a step), head (the query heads of
-one key/value head, padded to PADDED_GROUP), and head_dim (padded to PADDED_DIM). Padding exists in
-registers only: a masked lane is never read or written.
+Names of tile axes: row (ROWS of them a program, of one (token, key/value head) each), slot (SLOTS
+a step), head (the query heads of the row's key/value head, padded to PADDED_GROUP), and head_dim
+(padded to PADDED_DIM). Padding exists in registers only: a masked lane is never read or written.
 
-The vector kernels have tiles [row, head_dim] alone, a row being one (token, key/value head); slots
-and query heads are tuples of such tiles.
+The vector kernels have tiles [row, head_dim] alone; slots and query heads are tuples of them.
 """
 
 # The arguments of Triton functions have no Python types, and their tuples grow.
@@ -37,12 +36,12 @@ def product(a, b, EMULATED: tl.constexpr):
 
 @triton.jit
 def batched_dot(a, b, EMULATED: tl.constexpr):
-    """One small matrix product per token: [token, m, k] x [token, k, n] in float32.
+    """One small matrix product per row: [row, m, k] x [row, k, n] in float32.
 
     float32 operands are multiplied exactly (ieee, not tf32). EMULATED widens the operands first:
-    Triton's interpreter returns garbage for bfloat16 products. Triton spreads the warps over tokens
-    in a three-dimensional product; a tile of one token is multiplied as two-dimensional, where they
-    share the token's rows and columns.
+    Triton's interpreter returns garbage for bfloat16 products. Triton spreads the warps over rows
+    in a three-dimensional product; a tile of one row is multiplied as two-dimensional, where they
+    share the matrix.
     """
     if EMULATED:
         a = a.to(tl.float32)
@@ -60,12 +59,12 @@ def batched_dot(a, b, EMULATED: tl.constexpr):
 def head_rows(
     base, batch, head, token, stride_batch, stride_head, stride_token, ALIGN: tl.constexpr
 ):
-    """Addresses [token, head] of the rows base[batch, head, token, :].
+    """Addresses [row, head] of base[batch, head, token, :]; head is [row, head], token [row].
 
     ALIGN is the number of bytes that divides every row's address: without the hint Triton can't
     prove it for strides such as 76 and would load one element at a time.
     """
-    rows = base + batch * stride_batch + head[None, :] * stride_head + token[:, None] * stride_token
+    rows = base + batch * stride_batch + head * stride_head + token[:, None] * stride_token
     return tl.multiple_of(rows, [ALIGN, ALIGN])
 
 
@@ -78,35 +77,35 @@ def slot_rows(
     batch,
     head,
     token,
-    stride_slot,
-    stride_batch,
-    stride_head,
-    stride_token,
+    strides,
     COLUMN: tl.constexpr,
     COLUMNS: tl.constexpr,
     TABLE: tl.constexpr,
     UNIFORM: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Addresses [token, slot] of the rows slot[batch, head, token, :]; slot and live are [slot]."""
+    """Addresses [row, slot] of slot[batch, head, token, :]; slot and live are [slot], head and
+    token [row]; strides: (slot, batch, head, token).
+    """
     start, stride_batch, stride_head, stride_token = slot_start(
         base,
         table,
         slot,
         live,
-        stride_slot,
-        stride_batch,
-        stride_head,
-        stride_token,
+        strides[0],
+        strides[1],
+        strides[2],
+        strides[3],
         COLUMN,
         COLUMNS,
         TABLE,
         UNIFORM,
     )
-    start += batch * stride_batch + head * stride_head
+    start += batch * stride_batch
     if TABLE and not UNIFORM:
+        stride_head = stride_head[None, :]
         stride_token = stride_token[None, :]
-    rows = start[None, :] + token[:, None] * stride_token
+    rows = start[None, :] + (head[:, None] * stride_head + token[:, None] * stride_token)
     return tl.multiple_of(rows, [ALIGN, ALIGN])
 
 
@@ -142,6 +141,46 @@ def slot_start(
     else:
         start = base + slot * stride_slot
     return start, stride_batch, stride_head, stride_token
+
+
+@triton.jit
+def ask_for(address, live):
+    """Have an NVIDIA GPU bring the 32 bytes at each address into its L2 cache: nothing waits for
+    them. What another kernel writes there meanwhile is seen all the same, by way of that cache.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [address.to(tl.int64), live.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def ask_for_rows(rows, live, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """`ask_for` the rows of HEAD_DIM elements at these addresses; rows and live are [row, i]."""
+    SECTOR: tl.constexpr = 256 // rows.dtype.element_ty.primitive_bitwidth  # elements of 32 bytes
+    dim = tl.arange(0, PADDED_DIM // SECTOR) * SECTOR
+    dim_live = dim < HEAD_DIM
+    ask_for(rows[:, :, None] + dim[None, None, :], live[:, :, None] & dim_live[None, None, :])
+
+
+@triton.jit
+def ask_for_slots(
+    base, table, slots, batch, head, token, live, strides,
+    COLUMN: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr,
+    UNIFORM: tl.constexpr, ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """`ask_for` the first SLOTS slots of the rows; arguments as for `slot_rows`, live [row]."""
+    slot = tl.arange(0, SLOTS).to(tl.int64)
+    slot_live = slot < slots
+    rows = slot_rows(
+        base, table, slot, slot_live, batch, head, token, strides,
+        COLUMN, COLUMNS, TABLE, UNIFORM, ALIGN,
+    )  # fmt: skip
+    ask_for_rows(rows, live[:, None] & slot_live[None, :], HEAD_DIM, PADDED_DIM)
 
 
 @triton.jit

@@ -201,6 +201,9 @@ def cases() -> Iterator[dict[str, Any]]:
         yield gathered | named | dict(g=g, readers=readers, t=t)
     yield gathered | named | dict(s=4, readers=(11, 10, 9, 8), begun=2)
     yield base | named | dict(mode="list", s=9, g=2)
+    # Enough slots for the matrix kernels to read them, although the group is small.
+    for mode in ("list", "stacked"):
+        yield base | dict(mode=mode, dtype="bf16", acc="bf16", s=33, g=4, t=3)
     # What the kernel is not for, by PyTorch operations, and the matrix kernel's delta.
     yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), g=20)
     yield gathered | dict(dtype="bf16", acc="bf16", readers=(2, 1), g=20, begun=1)
@@ -218,7 +221,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         chosen["products"] = mock.Mock(return_value=case["products"])
     if case.get("tile"):
         rows, slots, stages = case["tile"]
-        tile = configs.Tile(tokens=rows, slots=slots, warps=1, stages=stages)
+        tile = configs.Tile(rows=rows, slots=slots, warps=1, stages=stages)
         chosen |= dict.fromkeys(
             ("vector_forward_tile", "vector_backward_tile", "vector_query_tile", "gather_tile"),
             mock.Mock(return_value=tile),

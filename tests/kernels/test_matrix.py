@@ -28,58 +28,64 @@ def pointers(dtype: torch.dtype, rows: list[str], numbers: list[str]) -> dict[st
     return {"table": "*i64"} | dict.fromkeys(rows, kind) | dict.fromkeys(numbers, "*fp32")
 
 
+@pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize(
     ("head_dim", "group", "dtype", "spilled"),
     [
-        (64, 8, BF16, (0, 0)),
-        (64, 32, BF16, (16, 16)),
-        (128, 8, BF16, (0, 80)),
-        (128, 32, BF16, (0, 128)),
-        (256, 8, BF16, (0, 0)),
-        (64, 16, FP32, (0, 0)),
+        (64, 8, BF16, (0, 0, 32)),
+        (64, 16, BF16, (0, 0, 32)),
+        (64, 32, BF16, (16, 16, 72)),
+        (128, 8, BF16, (0, 0, 80)),
+        (128, 32, BF16, (56, 80, 128)),
+        (256, 8, BF16, (152, 200, 0)),
+        (64, 16, FP32, (0, 0, 16)),
     ],
     ids=str,
 )
 def test_chosen_tiles(
-    head_dim: int, group: int, dtype: torch.dtype, spilled: tuple[int, int], tmp_path: Path
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    spilled: tuple[int, int, int],
+    table: bool,
+    tmp_path: Path,
 ) -> None:
-    """spilled: bytes a thread, forward and backward. Two programs or more share an SM, or loads
-    would wait for one program's products.
+    """spilled: bytes a thread: forward, backward without the slots' gradients and with them. Two
+    programs or more share an SM, or loads would wait for one program's products.
     """
     what: dict[str, Any] = dict(head_dim=head_dim, group=group, dtype=dtype, capability=(9, 0))
     assert configs.products(head_dim=head_dim, group=group, dtype=dtype) == "matrix"
     constants: dict[str, Any] = dict(
         GROUP=group, PADDED_GROUP=configs.padded(group), HEAD_DIM=head_dim,
-        PADDED_DIM=configs.padded(head_dim), COLUMNS=8, TABLE=True, UNIFORM=True, ALIGN=16,
-        SLOT_ALIGN=16, EMULATED=False,
+        PADDED_DIM=configs.padded(head_dim), COLUMNS=8, TABLE=table, UNIFORM=True, ALIGN=16,
+        SLOT_ALIGN=16, ASK=True, EMULATED=False,
     )  # fmt: skip
-    for kernel, tile, rows, numbers, own, bytes_spilled in (
+    forward_rows = ["query", "sequence_out", "out", "key", "value"]
+    backward_rows = ["query", "out", "grad_out", "sequence_grad_query", "grad_query", "key",
+                     "value", "grad_key", "grad_value"]  # fmt: skip
+    forward = depth_forward.depth_forward_kernel, forward_rows, ["sequence_lse", "lse"]
+    backward = depth_backward.depth_backward_kernel, backward_rows, ["lse", "delta_out"]
+    gradients = dict(ACCUMULATE=False, GRAD_ALIGN=16, grad_stride_dim=1)
+    for (kernel, rows, numbers), tile, own, most in zip(
+        (forward, backward, backward),
         (
-            depth_forward.depth_forward_kernel,
-            configs.forward_tile(**what),
-            ["query", "sequence_out", "out", "key", "value"],
-            ["sequence_lse", "lse"],
-            {},
-            spilled[0],
-        ),
-        (
-            depth_backward.depth_backward_kernel,
+            configs.forward_tile(**what, table=table),
+            configs.query_tile(**what, table=table),
             configs.backward_tile(**what),
-            ["query", "out", "grad_out", "sequence_grad_query", "grad_query", "key", "value",
-             "grad_key", "grad_value"],
-            ["lse", "delta_out"],
-            dict(GRADIENTS=True, ACCUMULATE=False, GRAD_ALIGN=16, grad_stride_dim=1),
-            spilled[1],
         ),
-    ):  # fmt: skip
+        ({}, gradients | dict(GRADIENTS=False), gradients | dict(GRADIENTS=True)),
+        spilled,
+        strict=True,
+    ):
         made = compile_for_h100(
             kernel,
             pointers(dtype, rows, numbers),
-            constants | own | dict(TOKENS=tile.tokens, SLOTS=tile.slots),
+            constants | own | dict(ROWS=tile.rows, SLOTS=tile.slots),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=tile.registers,
         )
         used = resources(made, tmp_path)
-        assert used["STACK"] + used["LOCAL"] <= bytes_spilled
+        assert used["STACK"] + used["LOCAL"] <= most
         assert 2 * used["REG"] * 32 * tile.warps <= REGISTERS
         assert 2 * made.metadata.shared <= SHARED

@@ -19,7 +19,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton")
 
-from moda_compile.kernels import Lowering, configs, launch, slot_table, split  # noqa: E402
+from moda_compile.kernels import (  # noqa: E402
+    Lowering,
+    configs,
+    depth_backward,
+    depth_forward,
+    launch,
+    slot_table,
+    split,
+)
 
 pytestmark = pytest.mark.skipif(launch.EMULATED, reason="an interpreted kernel can't be traced")
 
@@ -141,19 +149,39 @@ def test_traces_with_symbolic_sizes(sequence: str, masked: torch.dtype | None) -
 
 
 @pytest.mark.parametrize("symbolic", [False, True])
-@pytest.mark.parametrize(("products", "block"), [("vector", "ROWS"), ("matrix", "TOKENS")])
+@pytest.mark.parametrize("products", ["vector", "matrix"])
 def test_either_kernel_traces(
-    products: str, block: str, symbolic: bool, monkeypatch: pytest.MonkeyPatch
+    products: str, symbolic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(configs, "products", lambda **_: products)
     forward, backward, _, _ = trace("flash", torch.float16, 80, S, symbolic=symbolic)
     for graph in (forward, backward):
         (launch_arguments,) = launches(graph)
-        rows = T * HK if products == "vector" else T
-        programs = -(-rows // launch_arguments["kwargs"][block]) * B
-        programs *= 1 if products == "vector" else HK
+        programs = -(-T * HK // launch_arguments["kwargs"]["ROWS"]) * B
         assert symbolic or launch_arguments["grid"][0][0] == programs
         assert isinstance(launch_arguments["kwargs"]["tokens"], Node) == symbolic
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_slots_that_a_kernel_names_itself_are_for_the_vector_kernels(named: bool) -> None:
+    group, slots = 4, 33  # of a table, or stacked, the matrix kernels would read so many
+    assert configs.products(head_dim=64, group=group, dtype=torch.bfloat16, slots=slots) == "matrix"
+
+    def run(q: Tensor, lse: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        sides = k.unbind(0)
+        if named:
+            given = slot_table.named(*(list(side.unbind(0)) for side in sides))
+        else:
+            given = slot_table.stacked(*sides)
+        out, joint = depth_forward.run(q, q, lse, given, 0.125)
+        none = dict(grad_key=None, grad_value=None, accumulate=False, scale=0.125)
+        return out, depth_backward.run(q, q, out, joint, q, given, **none)[0]
+
+    with FakeTensorMode():
+        q = torch.empty(B, HK * group, T, 64, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(2, slots, B, HK, T, 64, device="cuda", dtype=torch.bfloat16)
+        graph = make_fx(run)(q, torch.empty(q.shape[:3], device="cuda"), k)
+    assert ["PADDED_GROUP" in launched["kwargs"] for launched in launches(graph)] == [not named] * 2
 
 
 def test_the_scale_reaches_the_attention_although_head_dim_is_padded() -> None:

@@ -40,6 +40,14 @@ def test_small_groups_are_multiplied_without_tensor_cores() -> None:
     assert chosen(8, 256, FP32) == "matrix"
 
 
+def test_many_slots_of_a_group_of_four_are_read_with_tensor_cores() -> None:
+    def chosen(group: int, dtype: torch.dtype, slots: int) -> str:
+        return configs.products(head_dim=64, group=group, dtype=dtype, slots=slots)
+
+    assert [chosen(4, BF16, slots) for slots in (0, 31, 32)] == ["vector", "vector", "matrix"]
+    assert chosen(3, BF16, 512) == chosen(4, FP32, 512) == "vector"
+
+
 def test_no_two_warps_share_a_row() -> None:
     forward = configs.vector_forward_tile
     adding, writing = (partial(configs.vector_backward_tile, accumulate=x) for x in (True, False))
@@ -50,8 +58,8 @@ def test_no_two_warps_share_a_row() -> None:
                     tile = choose(
                         head_dim=head_dim, group=group, dtype=BF16, width=width, capability=(9, 0)
                     )
-                    assert tile.tokens & (tile.tokens - 1) == 0
-                    assert tile.warps <= tile.tokens
+                    assert tile.rows & (tile.rows - 1) == 0
+                    assert tile.warps <= tile.rows
                     if tile.warps > 1:
                         assert configs.padded(head_dim) <= 32 * width * (1 + (choose is forward))
 
@@ -80,7 +88,7 @@ compiled_only = pytest.mark.skipif(launch.EMULATED, reason="the kernels are inte
 
 def constants(head_dim: int, group: int, tile: configs.Tile, table: bool) -> dict[str, Any]:
     return dict(
-        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
+        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.rows,
         SLOTS=tile.slots, STAGES=tile.stages, COLUMNS=8, COPIES=128, TABLE=table, UNIFORM=True,
     )  # fmt: skip
 
@@ -102,7 +110,7 @@ def check_copies(
 
     reads: tiles that a step reads. rest: bytes of shared memory that are used otherwise.
     """
-    size = tile.tokens * configs.padded(head_dim) * dtype.itemsize
+    size = tile.rows * configs.padded(head_dim) * dtype.itemsize
     reads = reads * copied(tile)
     copies = made.asm["ptx"].count("cp.async.cg.shared.global")
     assert copies == tile.stages * reads * size // (16 * 32 * tile.warps)
@@ -148,12 +156,12 @@ def test_forward_compiles_for_an_h100(
     # Loads as wide as the rows allow: of q and out for each head, of K and V for each slot.
     access = "ld.global.v4.b32" if align == 16 else "ld.global.v2.b32"
     steps = min(tile.stages, 2)  # the first step's, and in the loop the next one's
-    accesses = tile.tokens * configs.padded(head_dim) // (32 * tile.warps * width)
+    accesses = tile.rows * configs.padded(head_dim) // (32 * tile.warps * width)
     expected = 2 * (group + (0 if copied(tile) else steps * tile.slots)) * accesses
     assert accesses_of(made, access) == expected
     # None of it is read again soon.
     assert made.asm["ptx"].count("ld.global.L1::evict_first") == expected
-    check_copies(made, tile, 2 * tile.slots, head_dim, dtype, rest=4 * tile.tokens)
+    check_copies(made, tile, 2 * tile.slots, head_dim, dtype, rest=4 * tile.rows)
     assert "tt.dot" not in made.asm["ttgir"]
     # Only a head's lse changes threads, to be stored.
     assert made.asm["ttgir"].count("ttg.convert_layout") <= group
@@ -217,7 +225,7 @@ def test_backward_compiles_for_an_h100(
     # Also beside float32 gradients every element stays in its thread; delta moves to be stored.
     moved = group if accumulator == "delta" else 0
     assert made.asm["ttgir"].count("ttg.convert_layout") == moved
-    check_copies(made, tile, 2 * tile.slots, head_dim, dtype, rest=4 * tile.tokens if moved else 0)
+    check_copies(made, tile, 2 * tile.slots, head_dim, dtype, rest=4 * tile.rows if moved else 0)
     used = resources(made, tmp_path)
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
     assert used["REG"] <= registers
@@ -277,7 +285,7 @@ def test_gather_compiles_for_an_h100(
     pointers |= {"sums": "*fp32"} if begun else {}
     pointers |= {"partials": "*fp32"} if going_on else {}
     constants = dict(
-        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.tokens,
+        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=configs.padded(head_dim), ROWS=tile.rows,
         SLOTS=slots, UNFINISHED=begun, READERS=tile.slots, STAGES=tile.stages, COLUMNS=8,
         COPIES=128, ROWS_UNIFORM=True,
         NUMBERS_UNIFORM=True, ALIGN=width * dtype.itemsize, GRAD_ALIGN=width * made_in.itemsize,
@@ -288,7 +296,7 @@ def test_gather_compiles_for_an_h100(
     made = compile_for_h100(depth_gather.depth_gather_kernel, pointers, constants, **options(tile))
     assert "tt.dot" not in made.asm["ttgir"]
     assert "ttg.convert_layout" not in made.asm["ttgir"]
-    elements = tile.tokens * configs.padded(head_dim) // (32 * tile.warps)  # of a tile in a thread
+    elements = tile.rows * configs.padded(head_dim) // (32 * tile.warps)  # of a tile in a thread
     width = min(width, elements)
     accesses = elements // width
     # K and V of each slot; q and do of a step's readers, before the loop and in it.
