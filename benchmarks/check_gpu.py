@@ -288,7 +288,9 @@ def check(case: Case) -> tuple[str, dict[str, float], dict[str, float]]:
 
 
 def check_long_offsets() -> str:
-    """Slots more than 2^31 elements apart: the stacked form equals the table form, bit for bit."""
+    """Slots more than 2^31 elements apart: the stacked form equals the table form, in gradients but
+    for the order of their sums.
+    """
     t, h, d, s = 65536, 8, 64, 72
     big = torch.randn(s, 1, t, h, d, device=DEVICE, dtype=BF16).transpose(2, 3)
     q, k, v, grad = (tensor((1, h, t, d), "token_major", BF16) for _ in range(4))
@@ -299,7 +301,9 @@ def check_long_offsets() -> str:
     dk, dv = split.backward_stacked(grad, q, k, v, big, big, out, lse, **options)[3:5]
     acc = torch.zeros(s, 2, 1, t, h, d, device=DEVICE, dtype=BF16).transpose(3, 4)
     split.backward(grad, q, k, v, slots, slots, out, lse, acc, **options)
-    assert torch.equal(acc[:, 0], dk) and torch.equal(acc[:, 1], dv), "slot gradients differ"
+    for side, other in ((acc[:, 0], dk), (acc[:, 1], dv)):
+        apart = max(relative(x, y) for x, y in zip(side, other, strict=True))
+        assert apart <= BUDGET[BF16], f"slot gradients differ by {apart:.1e}"
     return f"{big.numel() / 2**31:.2f} * 2^31 elements"
 
 

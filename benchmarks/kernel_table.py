@@ -5,9 +5,9 @@
 Rows are those of arXiv 2603.15619's kernel table (B=1, bf16, causal, 8 key heads, L slots), forward
 + backward, all within one run, medians: FLA's Triton attention WITHOUT depth (`parallel_attn` of
 fla-core; left out where that is not installed), the platform's fastest attention without depth,
-and ours with: what is chosen, and the fused kernels up to T=16384. "memory" is what 6 passes over
-the slots cost at the bandwidth of a device copy of the same run: K and V read forward and backward,
-dK and dV written once.
+and, in turns with it, ours with: what is chosen, and the fused kernels up to T=16384. "memory" is
+what 6 passes over the slots cost at the bandwidth of a device copy of the same run: K and V read
+forward and backward, dK and dV written once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from results import Picture, add_arguments, publish
-from timing import copy_bandwidth, milliseconds
+from timing import copy_bandwidth, in_turns, milliseconds
 from torch import Tensor
 from tqdm import tqdm
 
@@ -96,7 +96,7 @@ def row(shape: Shape, bandwidth: float) -> dict[str, Any]:
         out, lse = split.forward_stacked(q, k, v, depth_k, depth_v, **options, lowering=FUSED)
         split.backward_stacked(grad, q, k, v, depth_k, depth_v, out, lse, **options, lowering=FUSED)
 
-    base, joint = milliseconds(alone), milliseconds(ours)
+    base, joint = in_turns(alone, ours)
     forward = milliseconds(lambda: split.forward_stacked(q, k, v, depth_k, depth_v, **options))
     memory = 6 * 2 * depth_k.numel() / bandwidth
     fla, reference = fla_attention(), None

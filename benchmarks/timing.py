@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -14,12 +15,39 @@ from typing import Any
 import torch
 import triton
 
+LEAD = 30.0
 turn: AbstractContextManager[Any] = contextlib.nullcontext()  # held while this process is timing
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
     """Median of a call on the GPU."""
     return float(triton.testing.do_bench(call, warmup=10, rep=60, return_mode="median"))
+
+
+def in_turns(*calls: Callable[[], Any], seconds: float = 0.5, least: int = 5) -> list[float]:
+    """Median milliseconds on the GPU of calls whose difference counts, in turns: what slows the GPU
+    down for a while meets them all.
+
+    Heavy calls lower its clock, so what runs before a call changes its time by as much as 8%. Each
+    turn therefore begins with LEAD milliseconds of the same call, which don't count. The L2 cache
+    is emptied before each that does.
+    """
+    cache = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    leads = [max(1, round(LEAD / milliseconds(call))) for call in calls]
+    taken: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken[0]) < least:
+        for call, lead, samples in zip(calls, leads, taken, strict=True):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(lead):
+                call()
+            cache.zero_()
+            start.record()
+            call()
+            stop.record()
+            torch.cuda.synchronize()
+            samples.append(start.elapsed_time(stop))
+    return [statistics.median(samples) for samples in taken]
 
 
 def once(call: Callable[[], Any]) -> float:
