@@ -305,7 +305,7 @@ def run(
         own |= slot_table.names(slots, "n")
     else:
         kernel = depth_backward_kernel
-        choose_tile = configs.backward_tile
+        choose_tile = partial(configs.backward_tile, accumulate=accumulate)
         if delta is not None:
             choose_tile = partial(configs.query_tile, table=slots.is_table)
         tile = tile or choose_tile(

@@ -32,13 +32,13 @@ def pointers(dtype: torch.dtype, rows: list[str], numbers: list[str]) -> dict[st
 @pytest.mark.parametrize(
     ("head_dim", "group", "dtype", "spilled"),
     [
-        (64, 8, BF16, (0, 0, 32)),
-        (64, 16, BF16, (0, 0, 32)),
-        (64, 32, BF16, (16, 16, 72)),
-        (128, 8, BF16, (0, 0, 80)),
-        (128, 32, BF16, (56, 80, 128)),
-        (256, 8, BF16, (152, 200, 0)),
-        (64, 16, FP32, (0, 0, 16)),
+        (64, 8, BF16, (0, 0, 32, 0)),
+        (64, 16, BF16, (0, 0, 32, 16)),
+        (64, 32, BF16, (16, 16, 72, 88)),
+        (128, 8, BF16, (0, 0, 80, 288)),
+        (128, 32, BF16, (56, 80, 128, 200)),
+        (256, 8, BF16, (152, 200, 0, 0)),
+        (64, 16, FP32, (0, 0, 16, 0)),
     ],
     ids=str,
 )
@@ -46,12 +46,14 @@ def test_chosen_tiles(
     head_dim: int,
     group: int,
     dtype: torch.dtype,
-    spilled: tuple[int, int, int],
+    spilled: tuple[int, int, int, int],
     table: bool,
     tmp_path: Path,
 ) -> None:
-    """spilled: bytes a thread: forward, backward without the slots' gradients and with them. Two
-    programs or more share an SM, or loads would wait for one program's products.
+    """spilled: bytes a thread, forward, backward without the slots' gradients, with them, adding
+    to them in float32.
+
+    Two programs or more share an SM, or loads would wait for one program's products.
     """
     what: dict[str, Any] = dict(head_dim=head_dim, group=group, dtype=dtype, capability=(9, 0))
     assert configs.products(head_dim=head_dim, group=group, dtype=dtype) == "matrix"
@@ -65,15 +67,18 @@ def test_chosen_tiles(
                      "value", "grad_key", "grad_value"]  # fmt: skip
     forward = depth_forward.depth_forward_kernel, forward_rows, ["sequence_lse", "lse"]
     backward = depth_backward.depth_backward_kernel, backward_rows, ["lse", "delta_out"]
-    gradients = dict(ACCUMULATE=False, GRAD_ALIGN=16, grad_stride_dim=1)
+    adding_rows, adding_numbers = backward_rows[:-2], [*backward[2], *backward_rows[-2:]]
+    adding = depth_backward.depth_backward_kernel, adding_rows, adding_numbers
+    gradients = dict(GRADIENTS=True, ACCUMULATE=False, GRAD_ALIGN=16, grad_stride_dim=1)
     for (kernel, rows, numbers), tile, own, most in zip(
-        (forward, backward, backward),
+        (forward, backward, backward, adding),
         (
             configs.forward_tile(**what, table=table),
             configs.query_tile(**what, table=table),
-            configs.backward_tile(**what),
+            configs.backward_tile(**what, accumulate=False),
+            configs.backward_tile(**what, accumulate=True),
         ),
-        ({}, gradients | dict(GRADIENTS=False), gradients | dict(GRADIENTS=True)),
+        ({}, gradients | dict(GRADIENTS=False), gradients, gradients | dict(ACCUMULATE=True)),
         spilled,
         strict=True,
     ):
