@@ -26,7 +26,7 @@ from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.depth_backward_vector import depth_backward_vector_kernel
 from moda_compile.kernels.tiles import (
     ask_for_rows,
-    ask_for_slots,
+    ask_for_sides,
     batched_dot,
     head_rows,
     program_rows,
@@ -158,13 +158,9 @@ def depth_backward_kernel(
     )
     if ASK:
         # As forward; sequence_grad_query is read when everything else is done.
-        ask_for_slots(
-            key, table, slots, batch, kv_head, token, row_live, key_strides,
-            0, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
-        )  # fmt: skip
-        ask_for_slots(
-            value, table, slots, batch, kv_head, token, row_live, value_strides,
-            4, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
+        ask_for_sides(
+            key, value, table, slots, batch, kv_head, token, row_live, key_strides, value_strides,
+            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
         ask_for_rows(sequence_rows, head_live, HEAD_DIM, PADDED_DIM)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 2)  # [row, head]

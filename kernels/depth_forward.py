@@ -21,7 +21,7 @@ from torch import Tensor
 from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.depth_forward_vector import depth_forward_vector_kernel
 from moda_compile.kernels.tiles import (
-    ask_for_slots,
+    ask_for_sides,
     batched_dot,
     head_rows,
     program_rows,
@@ -132,13 +132,9 @@ def depth_forward_kernel(
     q = tl.load(query_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
     if ASK:
         # These loads are waited for before the loop, which would ask for the first slots then.
-        ask_for_slots(
-            key, table, slots, batch, kv_head, token, row_live, key_strides,
-            0, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
-        )  # fmt: skip
-        ask_for_slots(
-            value, table, slots, batch, kv_head, token, row_live, value_strides,
-            4, SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
+        ask_for_sides(
+            key, value, table, slots, batch, kv_head, token, row_live, key_strides, value_strides,
+            SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
     total = total.to(tl.float32)
 

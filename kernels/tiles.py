@@ -168,19 +168,25 @@ def ask_for_rows(rows, live, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
 
 
 @triton.jit
-def ask_for_slots(
-    base, table, slots, batch, head, token, live, strides,
-    COLUMN: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr,
-    UNIFORM: tl.constexpr, ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+def ask_for_sides(
+    key, value, table, slots, batch, head, token, row_live, key_strides, value_strides,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, UNIFORM: tl.constexpr,
+    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
-    """`ask_for` the first SLOTS slots of the rows; arguments as for `slot_rows`, live [row]."""
+    """`ask_for` the keys and the values of the first SLOTS slots; arguments as for `slot_rows`."""
     slot = tl.arange(0, SLOTS).to(tl.int64)
     slot_live = slot < slots
+    live = row_live[:, None] & slot_live[None, :]
     rows = slot_rows(
-        base, table, slot, slot_live, batch, head, token, strides,
-        COLUMN, COLUMNS, TABLE, UNIFORM, ALIGN,
+        key, table, slot, slot_live, batch, head, token, key_strides,
+        0, COLUMNS, TABLE, UNIFORM, ALIGN,
     )  # fmt: skip
-    ask_for_rows(rows, live[:, None] & slot_live[None, :], HEAD_DIM, PADDED_DIM)
+    ask_for_rows(rows, live, HEAD_DIM, PADDED_DIM)
+    rows = slot_rows(
+        value, table, slot, slot_live, batch, head, token, value_strides,
+        4, COLUMNS, TABLE, UNIFORM, ALIGN,
+    )  # fmt: skip
+    ask_for_rows(rows, live, HEAD_DIM, PADDED_DIM)
 
 
 @triton.jit
