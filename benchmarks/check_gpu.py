@@ -302,8 +302,9 @@ def check_long_offsets() -> str:
     acc = torch.zeros(s, 2, 1, t, h, d, device=DEVICE, dtype=BF16).transpose(3, 4)
     split.backward(grad, q, k, v, slots, slots, out, lse, acc, **options)
     for side, other in ((acc[:, 0], dk), (acc[:, 1], dv)):
-        apart = max(relative(x, y) for x, y in zip(side, other, strict=True))
-        assert apart <= BUDGET[BF16], f"slot gradients differ by {apart:.1e}"
+        for x, y in zip(side, other, strict=True):
+            apart = relative(x, y)
+            assert apart <= BUDGET[BF16], f"a slot's gradients differ by {apart:.1e}"
     return f"{big.numel() / 2**31:.2f} * 2^31 elements"
 
 
