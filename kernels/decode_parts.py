@@ -120,12 +120,10 @@ def ask_for_keys(
 
     start: of a batch entry's keys or values of one head.
     """
-    SECTOR: tl.constexpr = 256 // start.dtype.element_ty.primitive_bitwidth  # of 32 bytes
     if first < last:
         u = first + tl.arange(0, KEYS)
-        dim = tl.arange(0, PADDED_DIM // SECTOR) * SECTOR
-        address = start + (u.to(tl.int64) * stride_token)[:, None] + dim[None, :]
-        ask_for(address, (u < last)[:, None] & (dim < HEAD_DIM)[None, :])
+        rows = start + u.to(tl.int64) * stride_token
+        ask_for(rows[:, None], (u < last)[:, None], HEAD_DIM, PADDED_DIM)
 
 
 @triton.jit

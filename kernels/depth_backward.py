@@ -25,11 +25,12 @@ from torch import Tensor
 from moda_compile.kernels import configs, launch, slot_table, tiles
 from moda_compile.kernels.depth_backward_vector import depth_backward_vector_kernel
 from moda_compile.kernels.tiles import (
-    ask_for_rows,
+    ask_for,
     ask_for_sides,
     batched_dot,
     head_rows,
     program_rows,
+    row_offsets,
     slot_rows,
 )
 
@@ -105,6 +106,12 @@ def depth_backward_kernel(
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     batch, kv_head, token, row_live = program_rows(tokens, kv_heads, ROWS)
+    query_strides = (query_stride_batch, query_stride_head, query_stride_token)
+    out_strides = (out_stride_batch, out_stride_head, out_stride_token)
+    grad_out_strides = (grad_out_stride_batch, grad_out_stride_head, grad_out_stride_token)
+    sequence_strides = (sequence_stride_batch, sequence_stride_head, sequence_stride_token)
+    grad_query_strides = (grad_query_stride_batch, grad_query_stride_head, grad_query_stride_token)
+    lse_strides = (lse_stride_batch, lse_stride_head, lse_stride_token)
     key_strides = (key_stride_slot, key_stride_batch, key_stride_head, key_stride_token)
     value_strides = (value_stride_slot, value_stride_batch, value_stride_head, value_stride_token)
     member = tl.arange(0, PADDED_GROUP)
@@ -116,53 +123,22 @@ def depth_backward_kernel(
     head_live = row_live[:, None] & (member < GROUP)[None, :]
     tile_live = head_live[:, :, None] & dim_live[None, None, :]
 
-    lse_rows = (
-        lse + batch * lse_stride_batch + head * lse_stride_head + token[:, None] * lse_stride_token
-    )
+    lse_rows = lse + row_offsets(batch, head, token[:, None], lse_strides)
     lse_log2 = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
-    query_rows = head_rows(
-        query,
-        batch,
-        head,
-        token,
-        query_stride_batch,
-        query_stride_head,
-        query_stride_token,
-        ALIGN,
-    )
+    query_rows = head_rows(query, batch, head, token, query_strides, ALIGN)
     q = tl.load(query_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
-    out_rows = head_rows(
-        out, batch, head, token, out_stride_batch, out_stride_head, out_stride_token, ALIGN
-    )
+    out_rows = head_rows(out, batch, head, token, out_strides, ALIGN)
     o = tl.load(out_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
-    grad_out_rows = head_rows(
-        grad_out,
-        batch,
-        head,
-        token,
-        grad_out_stride_batch,
-        grad_out_stride_head,
-        grad_out_stride_token,
-        ALIGN,
-    )
+    grad_out_rows = head_rows(grad_out, batch, head, token, grad_out_strides, ALIGN)
     do = tl.load(grad_out_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
-    sequence_rows = head_rows(
-        sequence_grad_query,
-        batch,
-        head,
-        token,
-        sequence_stride_batch,
-        sequence_stride_head,
-        sequence_stride_token,
-        ALIGN,
-    )
+    sequence_rows = head_rows(sequence_grad_query, batch, head, token, sequence_strides, ALIGN)
     if ASK:
         # As forward; sequence_grad_query is read when everything else is done.
         ask_for_sides(
             key, value, table, slots, batch, kv_head, token, row_live, key_strides, value_strides,
             SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
-        ask_for_rows(sequence_rows, head_live, HEAD_DIM, PADDED_DIM)
+        ask_for(sequence_rows, head_live, HEAD_DIM, PADDED_DIM)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 2)  # [row, head]
     if not GRADIENTS:
         delta_rows = (batch * kv_heads * GROUP + head) * tokens + token[:, None]
@@ -215,16 +191,7 @@ def depth_backward_kernel(
 
     sequence = tl.load(sequence_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
     dq = sequence.to(tl.float32) + dq * factor
-    grad_query_rows = head_rows(
-        grad_query,
-        batch,
-        head,
-        token,
-        grad_query_stride_batch,
-        grad_query_stride_head,
-        grad_query_stride_token,
-        ALIGN,
-    )
+    grad_query_rows = head_rows(grad_query, batch, head, token, grad_query_strides, ALIGN)
     tl.store(
         grad_query_rows[:, :, None] + dim[None, None, :],
         dq.to(grad_query.dtype.element_ty),

@@ -25,6 +25,7 @@ from moda_compile.kernels.tiles import (
     batched_dot,
     head_rows,
     program_rows,
+    row_offsets,
     slot_rows,
 )
 
@@ -87,6 +88,15 @@ def depth_forward_kernel(
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
     batch, kv_head, token, row_live = program_rows(tokens, kv_heads, ROWS)
+    query_strides = (query_stride_batch, query_stride_head, query_stride_token)
+    sequence_strides = (sequence_stride_batch, sequence_stride_head, sequence_stride_token)
+    sequence_lse_strides = (
+        sequence_lse_stride_batch,
+        sequence_lse_stride_head,
+        sequence_lse_stride_token,
+    )
+    out_strides = (out_stride_batch, out_stride_head, out_stride_token)
+    lse_strides = (lse_stride_batch, lse_stride_head, lse_stride_token)
     key_strides = (key_stride_slot, key_stride_batch, key_stride_head, key_stride_token)
     value_strides = (value_stride_slot, value_stride_batch, value_stride_head, value_stride_token)
     member = tl.arange(0, PADDED_GROUP)
@@ -98,32 +108,9 @@ def depth_forward_kernel(
     head_live = row_live[:, None] & (member < GROUP)[None, :]
     tile_live = head_live[:, None, :] & dim_live[None, :, None]
 
-    lse_rows = (
-        sequence_lse
-        + batch * sequence_lse_stride_batch
-        + head * sequence_lse_stride_head
-        + token[:, None] * sequence_lse_stride_token
-    )
-    sequence_rows = head_rows(
-        sequence_out,
-        batch,
-        head,
-        token,
-        sequence_stride_batch,
-        sequence_stride_head,
-        sequence_stride_token,
-        ALIGN,
-    )
-    query_rows = head_rows(
-        query,
-        batch,
-        head,
-        token,
-        query_stride_batch,
-        query_stride_head,
-        query_stride_token,
-        ALIGN,
-    )
+    lse_rows = sequence_lse + row_offsets(batch, head, token[:, None], sequence_lse_strides)
+    sequence_rows = head_rows(sequence_out, batch, head, token, sequence_strides, ALIGN)
+    query_rows = head_rows(query, batch, head, token, query_strides, ALIGN)
     # Online softmax in base 2: running maximum, sum of 2^(z - maximum), and weighted values.
     # The sequence part is the first element: z = lse_seq, weight 1, value out_seq.
     maximum = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
@@ -166,15 +153,11 @@ def depth_forward_kernel(
         maximum = new_maximum
 
     total = total / weight[:, None, :]
-    out_rows = head_rows(
-        out, batch, head, token, out_stride_batch, out_stride_head, out_stride_token, ALIGN
-    )
+    out_rows = head_rows(out, batch, head, token, out_strides, ALIGN)
     tl.store(
         out_rows[:, None, :] + dim[None, :, None], total.to(out.dtype.element_ty), mask=tile_live
     )
-    joint_rows = (
-        lse + batch * lse_stride_batch + head * lse_stride_head + token[:, None] * lse_stride_token
-    )
+    joint_rows = lse + row_offsets(batch, head, token[:, None], lse_strides)
     tl.store(joint_rows, (maximum + tl.log2(weight)) * LN2, mask=head_live)
 
 

@@ -56,15 +56,14 @@ def batched_dot(a, b, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def head_rows(
-    base, batch, head, token, stride_batch, stride_head, stride_token, ALIGN: tl.constexpr
-):
-    """Addresses [row, head] of base[batch, head, token, :]; head is [row, head], token [row].
+def head_rows(base, batch, head, token, strides, ALIGN: tl.constexpr):
+    """Addresses [row, head] of base[batch, head, token, :]; head is [row, head], token [row];
+    strides: (batch, head, token).
 
     ALIGN is the number of bytes that divides every row's address: without the hint Triton can't
     prove it for strides such as 76 and would load one element at a time.
     """
-    rows = base + batch * stride_batch + head * stride_head + token[:, None] * stride_token
+    rows = base + row_offsets(batch, head, token[:, None], strides)
     return tl.multiple_of(rows, [ALIGN, ALIGN])
 
 
@@ -144,27 +143,25 @@ def slot_start(
 
 
 @triton.jit
-def ask_for(address, live):
-    """Have an NVIDIA GPU bring the 32 bytes at each address into its L2 cache: nothing waits for
-    them. What another kernel writes there meanwhile is seen all the same, by way of that cache.
+def ask_for(rows, live, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Have an NVIDIA GPU bring rows of HEAD_DIM elements into its L2 cache; rows: their addresses,
+    [row, i], as live.
+
+    Nothing waits for them. What another kernel writes there meanwhile is seen all the same: all
+    writes go through that cache.
     """
+    SECTOR: tl.constexpr = 256 // rows.dtype.element_ty.primitive_bitwidth  # elements of 32 bytes
+    dim = tl.arange(0, PADDED_DIM // SECTOR) * SECTOR
+    address = rows[:, :, None] + dim[None, None, :]
+    address_live = live[:, :, None] & (dim < HEAD_DIM)[None, None, :]
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r",
-        [address.to(tl.int64), live.to(tl.int32)],
+        [address.to(tl.int64), address_live.to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def ask_for_rows(rows, live, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """`ask_for` the rows of HEAD_DIM elements at these addresses; rows and live are [row, i]."""
-    SECTOR: tl.constexpr = 256 // rows.dtype.element_ty.primitive_bitwidth  # elements of 32 bytes
-    dim = tl.arange(0, PADDED_DIM // SECTOR) * SECTOR
-    dim_live = dim < HEAD_DIM
-    ask_for(rows[:, :, None] + dim[None, None, :], live[:, :, None] & dim_live[None, None, :])
 
 
 @triton.jit
@@ -181,12 +178,12 @@ def ask_for_sides(
         key, table, slot, slot_live, batch, head, token, key_strides,
         0, COLUMNS, TABLE, UNIFORM, ALIGN,
     )  # fmt: skip
-    ask_for_rows(rows, live, HEAD_DIM, PADDED_DIM)
+    ask_for(rows, live, HEAD_DIM, PADDED_DIM)
     rows = slot_rows(
         value, table, slot, slot_live, batch, head, token, value_strides,
         4, COLUMNS, TABLE, UNIFORM, ALIGN,
     )  # fmt: skip
-    ask_for_rows(rows, live, HEAD_DIM, PADDED_DIM)
+    ask_for(rows, live, HEAD_DIM, PADDED_DIM)
 
 
 @triton.jit
@@ -207,7 +204,9 @@ def program_rows(tokens, kv_heads, ROWS: tl.constexpr):
 
 @triton.jit
 def row_offsets(batch, head, token, strides):
-    """Where x[batch, head, token] lies: [row]; head and token are [row], strides the three of x."""
+    """Where x[batch, head, token] lies; head and token are [row], or of shapes that go together;
+    strides: the three of x.
+    """
     return batch * strides[0] + head * strides[1] + token * strides[2]
 
 
