@@ -10,9 +10,9 @@ a first step that compiles a dozen candidates per layer costs more than it gains
 - A float32 tile [head_dim, group] of a row stays in registers through forward; backward has three
   of them and [slots, head_dim]. Where they don't fit beside several rows, one row a program.
 - 16 slots a step is the least that a tensor-core product takes.
-- It also takes 16 query heads. Where a key/value head has few of its own, `products` chooses the
-  vector kernels, which multiply without tensor cores. A program of theirs has as many rows as its
-  threads cover in one access a row.
+- It also takes 16 query heads on its inner side and as rows, 8 as columns. Where a key/value head
+  has few of its own, `products` chooses the vector kernels, which multiply without tensor cores. A
+  program of theirs has as many rows as its threads cover in one access a row.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ def padded(n: int) -> int:
     return max(16, power_of_two(n))
 
 
+def product_heads(group: int) -> int:
+    """A group of query heads rounded up to what the columns of a product take: 8 on NVIDIA's
+    tensor cores, for 16 of them on AMD's.
+    """
+    return max(8 if torch.version.hip is None else 16, power_of_two(group))
+
+
 def power_of_two(n: int) -> int:
     """n rounded up to a power of two."""
     return 1 << (n - 1).bit_length()
@@ -60,28 +67,34 @@ Products = Literal["vector", "matrix"]
 _VECTOR_STATE = 32
 
 
-def products(*, head_dim: int, group: int, dtype: torch.dtype, slots: int = 0) -> Products:
+def products(*, head_dim: int, group: int, dtype: torch.dtype, many: bool = False) -> Products:
     """Which kernels serve the depth part.
 
-    Of a tensor-core product, padded to 16 query heads, a group of 4 uses a quarter; its operands'
-    registers are lost to loads on their way, and those decide. Without tensor cores the arithmetic
-    grows with the group instead. What a thread of the vector kernels keeps for each query head, a
-    few elements of q, out and, backward, three gradients, must stay in registers beside the loads:
-    by the compiler's report for compute capability 9.0, _VECTOR_STATE elements of each do.
+    Of a tensor-core product, padded to 8 or 16 query heads, a group of 4 uses half or a quarter;
+    its operands' registers are lost to loads on their way, and those decide. Without tensor cores
+    the arithmetic grows with the group instead. What a thread of the vector kernels keeps for each
+    query head, a few elements of q, out and, backward, three gradients, must stay in registers
+    beside the loads: by the compiler's report for compute capability 9.0, _VECTOR_STATE elements of
+    each do.
 
     Args:
         head_dim: d. group: query heads per key/value head. dtype: of q, k, v.
-        slots: how many, of a kernel that doesn't write their gradients; otherwise 0.
+        many: a kernel that doesn't write the slots' gradients has MANY_FORWARD slots or more or,
+            backward, MANY_QUERY.
     """
     elements = max(16 // dtype.itemsize, padded(head_dim) // 32)
-    # A program of the matrix kernels takes longer to begin, and its steps are shorter. On an H200,
-    # us at 12, 28 and 64 slots of a table: forward 83, 159 and 326, against 128, 169 and 287; query
-    # 131, 234 and 441, against 128, 209 and 308. At a group of 3 they are level at 64.
-    many = slots >= _MANY_SLOTS and group > 3 and dtype.itemsize < 4
+    # A program of the matrix kernels takes longer to begin, and its steps are shorter. At a group
+    # of 3 they are level or slower up to 40 slots.
+    many = many and group > 3 and dtype.itemsize < 4
     return "vector" if group * elements <= _VECTOR_STATE and not many else "matrix"
 
 
-_MANY_SLOTS = 32
+# Measured on an H200 at a group of 4, vector and matrix kernels, us (T=8192, 8 key heads). Forward
+# at 12, 16, 20 and 24 slots: 85, 103, 121, 140 and 92, 96, 126, 133; d=128, 12 to 20: 165, 202, 239
+# and 181, 184, 255. Query at 8, 12, 20: 122, 144, 188 and 122, 126, 172; d=128: 236, 280, 372 and
+# 243, 246, 322.
+MANY_FORWARD = 24
+MANY_QUERY = 12
 
 
 def vector_forward_tile(
@@ -225,8 +238,16 @@ def forward_tile(
         capability: (major, minor) compute capability; (0, 0) if unknown.
         table: the slots' addresses are read from a table.
     """
-    stages = 3 if padded(head_dim) <= 128 else 2
-    return _reading(head_dim, group, dtype, capability, table, stages)
+    # A third stage of a table has its addresses copied ahead, with a barrier for each side: up to a
+    # head_dim of 80 that costs 0 to 10%, at 256 it saves 25%, at 128 and few heads 4%.
+    if table:
+        stages = 3 if head_dim > 128 or (head_dim == 128 and group <= 8) else 2
+    else:
+        stages = 3 if padded(head_dim) <= 128 else 2
+    limit = None
+    if head_dim <= 64 and group <= 8 and dtype.itemsize < 4 and _copies(capability):
+        limit = 72  # of a table up to 11% faster
+    return _reading(head_dim, group, dtype, capability, stages, limit)
 
 
 def query_tile(
@@ -238,7 +259,14 @@ def query_tile(
     table: bool,
 ) -> Tile:
     """Tile of the backward kernel without the slots' gradients; arguments as for `forward_tile`."""
-    return _reading(head_dim, group, dtype, capability, table, 3 if head_dim <= 64 else 2)
+    if 64 < head_dim <= 128 and group <= 8:
+        # Of a table 2 to 9% faster than two stages without a limit, of stacked slots 2 to 4%.
+        return _reading(head_dim, group, dtype, capability, 3, 168)
+    if table:
+        stages = 3 if padded(head_dim) > 128 else 2
+    else:
+        stages = 3 if head_dim <= 64 else 2
+    return _reading(head_dim, group, dtype, capability, stages, None)
 
 
 def backward_tile(
@@ -252,23 +280,20 @@ def backward_tile(
     """Tile of the backward kernel with them; arguments as for `forward_tile`.
 
     accumulate: it adds to gradients.
+
+    Measured on an H200 (benchmarks/results/tiles_h200.txt, section 16).
     """
     cost = _cost(head_dim, group, dtype)
-    if cost <= _SMALL:
-        if accumulate:  # with what is added to in registers, such a limit spills 120 bytes
-            return Tile(rows=2, slots=16, warps=2, stages=1)
-        # Measured on an H200, d=64: 15% faster than one stage without a limit of registers. Three
-        # stages for two are 1% faster at a group of 8 and 5% slower at 16.
-        stages = _stages(capability, 3 if group <= 8 else 2)
-        return Tile(rows=2, slots=16, warps=2, stages=stages, registers=168)
-    if dtype != torch.float32 and padded(head_dim) <= 128 and padded(group) <= 32:
-        # Measured on an H100 (benchmarks/results/tiles_h100.txt) at head dims of 64 and 128 and
-        # groups of 8 and 32: 1.4 to 1.6 times as fast as a row that four warps share, although a
-        # few registers are spilled. On an H200: three stages are 5% faster than two at a head_dim
-        # of 64 and a group of 32, one is 2% faster than two at 128 and 8.
-        rows = 2 if cost <= 2 * _SMALL else 1
-        stages = 3 if head_dim <= 64 else 1 if cost <= 2 * _SMALL else 2
-        return Tile(rows=rows, slots=16, warps=2, stages=_stages(capability, stages))
+    few = padded(group) == 16 and dtype.itemsize < 4
+    if head_dim <= 64 and _in_two_rows(cost, group, dtype):
+        limit = 168 if accumulate and few and group <= 8 else None
+        stages = _stages(capability, 2 if accumulate else 3)
+        return Tile(rows=2, slots=16, warps=2, stages=stages, registers=limit)
+    if padded(head_dim) <= 128 and _in_two_rows(cost, group, dtype):
+        stages = _stages(capability, 2 if few and not accumulate else 1)
+        return Tile(rows=2 if few or not accumulate else 1, slots=16, warps=2, stages=stages)
+    if few and not accumulate:
+        return Tile(rows=2, slots=16, warps=4, stages=1)
     return _one_row(head_dim, group, dtype)
 
 
@@ -280,25 +305,27 @@ def _reading(
     group: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
-    table: bool,
     stages: int,
+    limit: int | None,
 ) -> Tile:
-    """Tile of a matrix kernel that doesn't write the slots' gradients.
+    """Tile of a matrix kernel that doesn't write the slots' gradients. limit: of registers.
 
-    Measured on an H200 (benchmarks/results/tiles_h200.txt, sections 11 and 12) at head dims of 64,
-    80, 128 and 256 and groups of 8, 16 and 32: two rows with a warp each are 1.1 to 2 times as fast
-    as the tiles before. Four rows, one row, and two warps a row are slower.
+    Measured on an H200 (benchmarks/results/tiles_h200.txt, sections 11, 12 and 14) at head dims of
+    64, 80, 128 and 256 and groups of 8, 16 and 32: two rows with a warp each are 1.1 to 2 times as
+    fast as the tiles before. Four rows, one row, and two warps a row are slower.
     """
     cost = _cost(head_dim, group, dtype)
-    if cost <= _SMALL or (dtype != torch.float32 and cost <= 4 * _SMALL and padded(group) <= 32):
-        if table:
-            # A third stage has addresses copied ahead, with a barrier for each side. Up to a
-            # head_dim of 128 that costs 0 to 10%, at 256 it saves 25%.
-            stages = 2 if padded(head_dim) <= 128 else 3
-        # With a group of 32 and 64 elements a few registers more keep a sixth program out.
-        limit = 168 if head_dim <= 64 and cost > _SMALL else None
-        return Tile(rows=2, slots=16, warps=2, stages=_stages(capability, stages), registers=limit)
-    return _one_row(head_dim, group, dtype)
+    if not _in_two_rows(cost, group, dtype):
+        return _one_row(head_dim, group, dtype)
+    if head_dim <= 64 and cost > _SMALL:
+        limit = 168  # with a group of 32 and 64 elements a few more keep a sixth program out
+    stages = _stages(capability, stages)
+    return Tile(rows=2, slots=16, warps=2, stages=stages, registers=limit)
+
+
+def _in_two_rows(cost: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether two rows of a matrix kernel, of a warp each, fit; cost: as of `_cost`."""
+    return cost <= _SMALL or (dtype.itemsize < 4 and cost <= 4 * _SMALL and padded(group) <= 32)
 
 
 def _cost(head_dim: int, group: int, dtype: torch.dtype) -> int:

@@ -28,8 +28,12 @@ from moda_compile.kernels.tiles import (
     ask_for,
     ask_for_sides,
     batched_dot,
+    group_heads,
     head_rows,
+    load_columns,
+    load_rows,
     program_rows,
+    repeat_heads,
     row_offsets,
     slot_rows,
 )
@@ -85,6 +89,7 @@ def depth_backward_kernel(
     grad_stride_token,
     grad_stride_dim,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -102,7 +107,10 @@ def depth_backward_kernel(
     EMULATED: tl.constexpr,
 ):
     """Write grad_query and delta_out, or (GRADIENTS) grad_query and write or (ACCUMULATE) add to
-    grad_key and grad_value; see `run`. ASK: as for `depth_forward_kernel`.
+    grad_key and grad_value; see `run`.
+
+    HEADS, ASK: as for `depth_forward_kernel`. PADDED_GROUP: GROUP, padded to what a product's rows
+    and its inner side take.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     batch, kv_head, token, row_live = program_rows(tokens, kv_heads, ROWS)
@@ -114,37 +122,40 @@ def depth_backward_kernel(
     lse_strides = (lse_stride_batch, lse_stride_head, lse_stride_token)
     key_strides = (key_stride_slot, key_stride_batch, key_stride_head, key_stride_token)
     value_strides = (value_stride_slot, value_stride_batch, value_stride_head, value_stride_token)
-    member = tl.arange(0, PADDED_GROUP)
-    head = kv_head[:, None] * GROUP + member[None, :]
+    head, head_live = group_heads(kv_head, row_live, GROUP, PADDED_GROUP)
+    column_head, column_live = group_heads(kv_head, row_live, GROUP, HEADS)
     dim = tl.arange(0, PADDED_DIM)
     factor = tl.cast(scale, tl.float32)
 
     dim_live = dim < HEAD_DIM
-    head_live = row_live[:, None] & (member < GROUP)[None, :]
-    tile_live = head_live[:, :, None] & dim_live[None, None, :]
 
-    lse_rows = lse + row_offsets(batch, head, token[:, None], lse_strides)
-    lse_log2 = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
-    query_rows = head_rows(query, batch, head, token, query_strides, ALIGN)
-    q = tl.load(query_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
-    out_rows = head_rows(out, batch, head, token, out_strides, ALIGN)
-    o = tl.load(out_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
-    grad_out_rows = head_rows(grad_out, batch, head, token, grad_out_strides, ALIGN)
-    do = tl.load(grad_out_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
-    sequence_rows = head_rows(sequence_grad_query, batch, head, token, sequence_strides, ALIGN)
+    lse_rows = lse + row_offsets(batch, column_head, token[:, None], lse_strides)
+    lse_log2 = tl.load(lse_rows, mask=column_live, other=0.0) * LOG2E
+    at_rows = batch, head, head_live, token, dim, dim_live
+    q = load_rows(query, *at_rows, query_strides, ALIGN)
+    do = load_rows(grad_out, *at_rows, grad_out_strides, ALIGN)
+    if HEADS < PADDED_GROUP:
+        at_columns = batch, column_head, column_live, token, dim, dim_live
+        q_columns = load_columns(query, *at_columns, query_strides, ALIGN)
+        do_columns = load_columns(grad_out, *at_columns, grad_out_strides, ALIGN)
+        o_columns = load_columns(out, *at_columns, out_strides, ALIGN)
+    else:
+        o = load_rows(out, *at_rows, out_strides, ALIGN)
+        q_columns = tl.permute(q, (0, 2, 1))
+        do_columns = tl.permute(do, (0, 2, 1))
+        o_columns = tl.permute(o, (0, 2, 1))
     if ASK:
         # As forward; sequence_grad_query is read when everything else is done.
         ask_for_sides(
             key, value, table, slots, batch, kv_head, token, row_live, key_strides, value_strides,
             SLOTS, COLUMNS, TABLE, UNIFORM, SLOT_ALIGN, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
+        sequence_rows = head_rows(sequence_grad_query, batch, head, token, sequence_strides, ALIGN)
         ask_for(sequence_rows, head_live, HEAD_DIM, PADDED_DIM)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 2)  # [row, head]
+    delta = tl.sum(do_columns.to(tl.float32) * o_columns.to(tl.float32), 1)  # [row, head]
     if not GRADIENTS:
-        delta_rows = (batch * kv_heads * GROUP + head) * tokens + token[:, None]
-        tl.store(delta_out + delta_rows, delta, mask=head_live)
-    q_columns = tl.permute(q, (0, 2, 1))
-    do_columns = tl.permute(do, (0, 2, 1))
+        delta_rows = (batch * kv_heads * GROUP + column_head) * tokens + token[:, None]
+        tl.store(delta_out + delta_rows, delta, mask=column_live)
     dq = tl.zeros([ROWS, PADDED_GROUP, PADDED_DIM], tl.float32)
 
     for first in range(0, slots, SLOTS):
@@ -168,35 +179,35 @@ def depth_backward_kernel(
         p = tl.where(slots_live[:, :, None], p, 0.0)
         dp = batched_dot(v, do_columns, EMULATED)
         # The factor `scale` enters after the products, so that dz stays in float16's range.
-        dz = (p * (dp - delta[:, None, :])).to(q.dtype)
+        dz = repeat_heads((p * (dp - delta[:, None, :])).to(q.dtype), PADDED_GROUP)
         dq += batched_dot(tl.permute(dz, (0, 2, 1)), k, EMULATED)
         if GRADIENTS:
-            dk = batched_dot(dz, q, EMULATED) * factor
-            dv = batched_dot(p.to(q.dtype), do, EMULATED)
             grad_rows = (
                 batch * grad_stride_batch
                 + kv_head[:, None] * grad_stride_head
                 + slot[None, :] * grad_stride_slot
                 + token[:, None] * grad_stride_token
             )
+            # A side is stored before the next one's product: only one of them is in registers.
+            dk = batched_dot(dz, q, EMULATED) * factor
             grad_key_rows = tl.multiple_of(grad_key + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
-            grad_value_rows = tl.multiple_of(grad_value + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
             key_cells = grad_key_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
-            value_cells = grad_value_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
             if ACCUMULATE:
                 dk += tl.load(key_cells, mask=load_live, other=0.0).to(tl.float32)
-                dv += tl.load(value_cells, mask=load_live, other=0.0).to(tl.float32)
             tl.store(key_cells, dk.to(grad_key.dtype.element_ty), mask=load_live)
+            dv = batched_dot(repeat_heads(p.to(q.dtype), PADDED_GROUP), do, EMULATED)
+            grad_value_rows = tl.multiple_of(grad_value + grad_rows, [GRAD_ALIGN, GRAD_ALIGN])
+            value_cells = grad_value_rows[:, :, None] + dim[None, None, :] * grad_stride_dim
+            if ACCUMULATE:
+                dv += tl.load(value_cells, mask=load_live, other=0.0).to(tl.float32)
             tl.store(value_cells, dv.to(grad_value.dtype.element_ty), mask=load_live)
 
-    sequence = tl.load(sequence_rows[:, :, None] + dim[None, None, :], mask=tile_live, other=0.0)
+    sequence = load_rows(sequence_grad_query, *at_rows, sequence_strides, ALIGN)
     dq = sequence.to(tl.float32) + dq * factor
     grad_query_rows = head_rows(grad_query, batch, head, token, grad_query_strides, ALIGN)
-    tl.store(
-        grad_query_rows[:, :, None] + dim[None, None, :],
-        dq.to(grad_query.dtype.element_ty),
-        mask=tile_live,
-    )
+    cells_live = head_live[:, :, None] & dim_live[None, None, :]
+    cells = grad_query_rows[:, :, None] + dim[None, None, :]
+    tl.store(cells, dq.to(grad_query.dtype.element_ty), mask=cells_live)
 
 
 def run(
@@ -246,8 +257,8 @@ def run(
     grad_align = launch.alignment(grad_key, grad_value)
     slot_align = slots.align
     # Only a vector kernel makes a table of slots itself.
-    many = 0 if slots.named or delta is None else slots.count
-    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype, slots=many)
+    many = delta is not None and not slots.named and slots.count >= configs.MANY_QUERY
+    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype, many=many)
     kernel: Any = depth_backward_vector_kernel
     if products == "vector":
         # Tiles of equal accesses, in elements, lie in the same threads.
@@ -275,6 +286,7 @@ def run(
             head_dim=d, group=group, dtype=q.dtype, capability=launch.capability(q)
         )
         own = dict(
+            HEADS=configs.product_heads(group),
             PADDED_GROUP=configs.padded(group),
             ALIGN=align,
             ASK=launch.asks(),

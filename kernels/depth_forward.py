@@ -23,7 +23,9 @@ from moda_compile.kernels.depth_forward_vector import depth_forward_vector_kerne
 from moda_compile.kernels.tiles import (
     ask_for_sides,
     batched_dot,
+    group_heads,
     head_rows,
+    load_columns,
     program_rows,
     row_offsets,
     slot_rows,
@@ -68,7 +70,7 @@ def depth_forward_kernel(
     value_stride_head,
     value_stride_token,
     GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -83,6 +85,7 @@ def depth_forward_kernel(
 ):
     """Write out and lse of the joint softmax; shapes as in `run`, strides in elements.
 
+    HEADS: GROUP, padded to what a product's columns take.
     ASK: the first slots are asked for as a program begins (`tiles.ask_for`).
     """
     LN2: tl.constexpr = 0.6931471805599453
@@ -99,24 +102,20 @@ def depth_forward_kernel(
     lse_strides = (lse_stride_batch, lse_stride_head, lse_stride_token)
     key_strides = (key_stride_slot, key_stride_batch, key_stride_head, key_stride_token)
     value_strides = (value_stride_slot, value_stride_batch, value_stride_head, value_stride_token)
-    member = tl.arange(0, PADDED_GROUP)
-    head = kv_head[:, None] * GROUP + member[None, :]
+    head, head_live = group_heads(kv_head, row_live, GROUP, HEADS)
     dim = tl.arange(0, PADDED_DIM)
     scale_log2 = tl.cast(scale, tl.float32) * LOG2E
 
     dim_live = dim < HEAD_DIM
-    head_live = row_live[:, None] & (member < GROUP)[None, :]
-    tile_live = head_live[:, None, :] & dim_live[None, :, None]
 
     lse_rows = sequence_lse + row_offsets(batch, head, token[:, None], sequence_lse_strides)
-    sequence_rows = head_rows(sequence_out, batch, head, token, sequence_strides, ALIGN)
-    query_rows = head_rows(query, batch, head, token, query_strides, ALIGN)
     # Online softmax in base 2: running maximum, sum of 2^(z - maximum), and weighted values.
     # The sequence part is the first element: z = lse_seq, weight 1, value out_seq.
     maximum = tl.load(lse_rows, mask=head_live, other=0.0) * LOG2E
-    weight = tl.full([ROWS, PADDED_GROUP], 1.0, tl.float32)
-    total = tl.load(sequence_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
-    q = tl.load(query_rows[:, None, :] + dim[None, :, None], mask=tile_live, other=0.0)
+    weight = tl.full([ROWS, HEADS], 1.0, tl.float32)
+    at_columns = batch, head, head_live, token, dim, dim_live
+    total = load_columns(sequence_out, *at_columns, sequence_strides, ALIGN)
+    q = load_columns(query, *at_columns, query_strides, ALIGN)
     if ASK:
         # These loads are waited for before the loop, which would ask for the first slots then.
         ask_for_sides(
@@ -154,9 +153,9 @@ def depth_forward_kernel(
 
     total = total / weight[:, None, :]
     out_rows = head_rows(out, batch, head, token, out_strides, ALIGN)
-    tl.store(
-        out_rows[:, None, :] + dim[None, :, None], total.to(out.dtype.element_ty), mask=tile_live
-    )
+    cells_live = head_live[:, None, :] & dim_live[None, :, None]
+    cells = out_rows[:, None, :] + dim[None, :, None]
+    tl.store(cells, total.to(out.dtype.element_ty), mask=cells_live)
     joint_rows = lse + row_offsets(batch, head, token[:, None], lse_strides)
     tl.store(joint_rows, (maximum + tl.log2(weight)) * LN2, mask=head_live)
 
@@ -193,8 +192,8 @@ def run(
     lse = q.new_empty((b, hq, t), dtype=torch.float32)
     align = launch.alignment(q, sequence_out, out)
     # Only a vector kernel makes a table of slots itself.
-    many = 0 if slots.named else slots.count
-    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype, slots=many)
+    many = not slots.named and slots.count >= configs.MANY_FORWARD
+    products = products or configs.products(head_dim=d, group=group, dtype=q.dtype, many=many)
     kernel: Any = depth_forward_vector_kernel
     if products == "vector":
         width = slots.align // q.element_size()
@@ -218,7 +217,7 @@ def run(
             table=slots.is_table,
         )
         own = dict(
-            PADDED_GROUP=configs.padded(group),
+            HEADS=configs.product_heads(group),
             ALIGN=align,
             ASK=launch.asks(),
             EMULATED=launch.EMULATED,

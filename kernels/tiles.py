@@ -1,7 +1,7 @@
 """Helpers shared by the Triton kernels: where a tile lies in memory, and products of tiny tiles.
 
 Names of tile axes: row (ROWS of them a program, of one (token, key/value head) each), slot (SLOTS
-a step), head (the query heads of the row's key/value head, padded to PADDED_GROUP), and head_dim
+a step), head (the query heads of the row's key/value head, padded), and head_dim
 (padded to PADDED_DIM). Padding exists in registers only: a masked lane is never read or written.
 
 The vector kernels have tiles [row, head_dim] alone; slots and query heads are tuples of them.
@@ -56,6 +56,26 @@ def batched_dot(a, b, EMULATED: tl.constexpr):
 
 
 @triton.jit
+def group_heads(kv_head, row_live, GROUP: tl.constexpr, PADDED: tl.constexpr):
+    """Each row's GROUP query heads, [row, PADDED], and which of them exist."""
+    member = tl.arange(0, PADDED)
+    live = row_live[:, None] & (member < GROUP)[None, :]
+    return kv_head[:, None] * GROUP + member[None, :], live
+
+
+@triton.jit
+def repeat_heads(x, PADDED: tl.constexpr):
+    """x [row, slot, head] again and again, [row, slot, PADDED]: the inner side of a product takes
+    more than a product's columns, and the other operand has zeros there.
+    """
+    if x.shape[2] < PADDED:
+        times: tl.constexpr = PADDED // x.shape[2]
+        again = tl.broadcast_to(x[:, :, None, :], (x.shape[0], x.shape[1], times, x.shape[2]))
+        x = tl.reshape(again, (x.shape[0], x.shape[1], PADDED))
+    return x
+
+
+@triton.jit
 def head_rows(base, batch, head, token, strides, ALIGN: tl.constexpr):
     """Addresses [row, head] of base[batch, head, token, :]; head is [row, head], token [row];
     strides: (batch, head, token).
@@ -65,6 +85,24 @@ def head_rows(base, batch, head, token, strides, ALIGN: tl.constexpr):
     """
     rows = base + row_offsets(batch, head, token[:, None], strides)
     return tl.multiple_of(rows, [ALIGN, ALIGN])
+
+
+@triton.jit
+def load_rows(base, batch, head, live, token, dim, dim_live, strides, ALIGN: tl.constexpr):
+    """base[batch, head, token, dim], [row, head, dim]; 0 where not live [row, head] or not dim_live
+    [dim]. Other arguments as for `head_rows`.
+    """
+    rows = head_rows(base, batch, head, token, strides, ALIGN)
+    mask = live[:, :, None] & dim_live[None, None, :]
+    return tl.load(rows[:, :, None] + dim[None, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_columns(base, batch, head, live, token, dim, dim_live, strides, ALIGN: tl.constexpr):
+    """As `load_rows`, but [row, dim, head]."""
+    rows = head_rows(base, batch, head, token, strides, ALIGN)
+    mask = live[:, None, :] & dim_live[None, :, None]
+    return tl.load(rows[:, None, :] + dim[None, :, None], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -32,13 +32,14 @@ def pointers(dtype: torch.dtype, rows: list[str], numbers: list[str]) -> dict[st
 @pytest.mark.parametrize(
     ("head_dim", "group", "dtype", "spilled"),
     [
-        (64, 8, BF16, (0, 0, 32, 0)),
-        (64, 16, BF16, (0, 0, 32, 16)),
-        (64, 32, BF16, (16, 16, 72, 88)),
-        (128, 8, BF16, (0, 0, 80, 288)),
-        (128, 32, BF16, (56, 80, 128, 200)),
-        (256, 8, BF16, (152, 200, 0, 0)),
-        (64, 16, FP32, (0, 0, 16, 0)),
+        (64, 8, BF16, (0, 0, 0, 104)),
+        (64, 16, BF16, (0, 0, 0, 16)),
+        (64, 32, BF16, (8, 32, 32, 56)),
+        (128, 8, BF16, (0, 32, 8, 168)),
+        (128, 16, BF16, (0, 0, 32, 200)),
+        (128, 32, BF16, (56, 80, 352, 184)),
+        (256, 8, BF16, (0, 176, 424, 0)),
+        (64, 16, FP32, (0, 0, 0, 0)),
     ],
     ids=str,
 )
@@ -58,7 +59,7 @@ def test_chosen_tiles(
     what: dict[str, Any] = dict(head_dim=head_dim, group=group, dtype=dtype, capability=(9, 0))
     assert configs.products(head_dim=head_dim, group=group, dtype=dtype) == "matrix"
     constants: dict[str, Any] = dict(
-        GROUP=group, PADDED_GROUP=configs.padded(group), HEAD_DIM=head_dim,
+        GROUP=group, HEADS=configs.product_heads(group), HEAD_DIM=head_dim,
         PADDED_DIM=configs.padded(head_dim), COLUMNS=8, TABLE=table, UNIFORM=True, ALIGN=16,
         SLOT_ALIGN=16, ASK=True, EMULATED=False,
     )  # fmt: skip
@@ -69,7 +70,10 @@ def test_chosen_tiles(
     backward = depth_backward.depth_backward_kernel, backward_rows, ["lse", "delta_out"]
     adding_rows, adding_numbers = backward_rows[:-2], [*backward[2], *backward_rows[-2:]]
     adding = depth_backward.depth_backward_kernel, adding_rows, adding_numbers
-    gradients = dict(GRADIENTS=True, ACCUMULATE=False, GRAD_ALIGN=16, grad_stride_dim=1)
+    gradients = dict(
+        PADDED_GROUP=configs.padded(group), GRADIENTS=True, ACCUMULATE=False, GRAD_ALIGN=16,
+        grad_stride_dim=1,
+    )  # fmt: skip
     for (kernel, rows, numbers), tile, own, most in zip(
         (forward, backward, backward, adding),
         (
@@ -94,3 +98,10 @@ def test_chosen_tiles(
         assert used["STACK"] + used["LOCAL"] <= most
         assert 2 * used["REG"] * 32 * tile.warps <= REGISTERS
         assert 2 * made.metadata.shared <= SHARED
+
+
+def test_columns_of_heads_are_what_tensor_cores_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert [configs.product_heads(group) for group in (1, 5, 8, 9, 32)] == [8, 8, 8, 16, 32]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert [configs.product_heads(group) for group in (1, 8, 17)] == [16, 16, 32]

@@ -164,8 +164,8 @@ def test_either_kernel_traces(
 
 @pytest.mark.parametrize("named", [False, True])
 def test_slots_that_a_kernel_names_itself_are_for_the_vector_kernels(named: bool) -> None:
-    group, slots = 4, 33  # of a table, or stacked, the matrix kernels would read so many
-    assert configs.products(head_dim=64, group=group, dtype=torch.bfloat16, slots=slots) == "matrix"
+    group, slots = 4, configs.MANY_FORWARD  # of a table, or stacked, the matrix kernels read these
+    assert configs.products(head_dim=64, group=group, dtype=torch.bfloat16, many=True) == "matrix"
 
     def run(q: Tensor, lse: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         sides = k.unbind(0)
@@ -181,7 +181,7 @@ def test_slots_that_a_kernel_names_itself_are_for_the_vector_kernels(named: bool
         q = torch.empty(B, HK * group, T, 64, device="cuda", dtype=torch.bfloat16)
         k = torch.empty(2, slots, B, HK, T, 64, device="cuda", dtype=torch.bfloat16)
         graph = make_fx(run)(q, torch.empty(q.shape[:3], device="cuda"), k)
-    assert ["PADDED_GROUP" in launched["kwargs"] for launched in launches(graph)] == [not named] * 2
+    assert ["HEADS" in launched["kwargs"] for launched in launches(graph)] == [not named] * 2
 
 
 def test_the_scale_reaches_the_attention_although_head_dim_is_padded() -> None:

@@ -41,11 +41,11 @@ def test_small_groups_are_multiplied_without_tensor_cores() -> None:
 
 
 def test_many_slots_of_a_group_of_four_are_read_with_tensor_cores() -> None:
-    def chosen(group: int, dtype: torch.dtype, slots: int) -> str:
-        return configs.products(head_dim=64, group=group, dtype=dtype, slots=slots)
+    def chosen(group: int, dtype: torch.dtype) -> str:
+        return configs.products(head_dim=64, group=group, dtype=dtype, many=True)
 
-    assert [chosen(4, BF16, slots) for slots in (0, 31, 32)] == ["vector", "vector", "matrix"]
-    assert chosen(3, BF16, 512) == chosen(4, FP32, 512) == "vector"
+    assert chosen(4, BF16) == "matrix"
+    assert chosen(3, BF16) == chosen(4, FP32) == "vector"
 
 
 def test_no_two_warps_share_a_row() -> None:
