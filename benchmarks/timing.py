@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -76,8 +78,31 @@ def each(measure: Callable[..., Any], work: Iterable[tuple[Any, ...]], jobs: int
     """measure(*arguments) for each of `work`, in its order; with several jobs in processes of their
     own, of which one at a time holds `turn`. With a job for each, none does before all have come to
     it: a step that waits for the host is not timed while others compile.
+
+    SIGTERM, as of `timeout`, ends it with what has come so far.
     """
     work = list(work)
+    done = 0
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        for result in _each(measure, work, jobs):
+            done += 1
+            yield result
+    except _Stopped:
+        print(f"told to stop after {done} of {len(work)}", file=sys.stderr, flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Stopped(BaseException):
+    """The process was told to stop."""
+
+
+def _stop(*_: object) -> None:
+    raise _Stopped
+
+
+def _each(measure: Callable[..., Any], work: list[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
     if jobs == 1:
         yield from (measure(*arguments) for arguments in work)
         return
@@ -91,7 +116,12 @@ def each(measure: Callable[..., Any], work: Iterable[tuple[Any, ...]], jobs: int
         initargs=(spawn.Lock(), spawn.Value("i", len(work) if jobs >= len(work) else 0)),
         max_tasks_per_child=1,  # what a row leaves in GPU memory goes with its process
     ) as pool:
-        yield from (x.result() for x in [pool.submit(_counted, measure, own) for own in work])
+        try:
+            yield from (x.result() for x in [pool.submit(_counted, measure, own) for own in work])
+        except _Stopped:
+            for child in multiprocessing.active_children():
+                child.terminate()  # else they would be waited for
+            raise
 
 
 class _Turn:
