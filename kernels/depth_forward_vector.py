@@ -1,8 +1,8 @@
 """Forward of the depth part for small groups: `depth_forward` without tensor cores.
 
-A tensor-core product takes 16 query heads; where a key/value head has few of its own, most of the
-product is padding, and its operands take the registers that loads on their way would need. Here a
-program handles ROWS rows, one (token, key/value head) each, in tiles [row, head_dim] of which a
+A tensor-core product takes 8 or 16 query heads; where a key/value head has few of its own, most of
+the product is padding, and its operands take the registers that loads on their way would need. Here
+a program handles ROWS rows, one (token, key/value head) each, in tiles [row, head_dim] of which a
 thread loads 16 bytes. A score is a sum over the few threads of a row; the slots of a step and the
 query heads of the group are tuples, so no value changes threads for them, and 3 heads cost 3.
 Launched by `depth_forward.run`.

@@ -1,8 +1,8 @@
 """Helpers shared by the Triton kernels: where a tile lies in memory, and products of tiny tiles.
 
 Names of tile axes: row (ROWS of them a program, of one (token, key/value head) each), slot (SLOTS
-a step), head (the query heads of the row's key/value head, padded), and head_dim
-(padded to PADDED_DIM). Padding exists in registers only: a masked lane is never read or written.
+a step), head (the query heads of the row's key/value head, padded), and head_dim (padded to
+PADDED_DIM). Padding exists in registers only: a masked lane is never read or written.
 
 The vector kernels have tiles [row, head_dim] alone; slots and query heads are tuples of them.
 """
@@ -65,8 +65,9 @@ def group_heads(kv_head, row_live, GROUP: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def repeat_heads(x, PADDED: tl.constexpr):
-    """x [row, slot, head] again and again, [row, slot, PADDED]: the inner side of a product takes
-    more than a product's columns, and the other operand has zeros there.
+    """x [row, slot, head] again and again, [row, slot, PADDED]: a product takes more heads on its
+    inner side, where the other operand has zeros for these, and as rows, of which these are not
+    stored, than as columns.
     """
     if x.shape[2] < PADDED:
         times: tl.constexpr = PADDED // x.shape[2]
