@@ -5,8 +5,8 @@
 Microseconds a layer of decode.py's models, one token for each batch entry: CUDA graphs of as many
 layers as their caches are more than the GPU's caches hold, each an elementwise kernel and the
 attention over a full cache with a mask. A column is a tile: keys a step, stages, and programs that
-are wanted for each SM; "chosen" is `configs.decode_tile`'s. cuDNN stands in front of them and
-behind them, as a GPU's clocks change.
+are wanted for each SM; "chosen" is that of `decode_configs.decode_tile`. cuDNN stands in front of
+them and behind them, as a GPU's clocks change.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from results import add_arguments, publish
 from torch import Tensor
 from tqdm import tqdm
 
-from moda_compile.kernels import configs, decode, slot_table, visible
+from moda_compile.kernels import decode, decode_configs, slot_table, visible
 
 TILES = ((64, 3, 3), (64, 3, 4), (64, 2, 3), (128, 2, 3), (128, 2, 8), (128, 3, 2))
-CHOSEN = configs.decode_tile
+CHOSEN = decode_configs.decode_tile
 COLD = 600e6  # bytes of keys and values, twelve times an H100's L2
 MOST_LAYERS = 24
 
@@ -97,8 +97,10 @@ def measure(name: str, shape: models.Shape, batch: int, context: int) -> dict[st
     row: dict[str, Any] = {"model": name, "batch": batch, "context": context, "chain": layers}
     row |= {"elementwise": timed(lambda q, *_: q), "cuDNN": timed(plain), "chosen": timed(ours)}
     for keys, stages, programs in TILES:
-        tile = configs.DecodeTile(rows=16, keys=keys, warps=4, stages=stages, programs=programs)
-        with mock.patch.object(configs, "decode_tile", lambda tile=tile, **_: tile):
+        tile = decode_configs.DecodeTile(
+            rows=16, keys=keys, warps=4, stages=stages, programs=programs
+        )
+        with mock.patch.object(decode_configs, "decode_tile", lambda tile=tile, **_: tile):
             row[f"{keys}/{stages}/{programs}"] = timed(ours)
     return row | {"cuDNN again": timed(plain)}
 

@@ -33,7 +33,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moda_compile.kernels import MASK_CHUNK, configs, launch, slot_table, tiles, visible
+from moda_compile.kernels import MASK_CHUNK, decode_configs, launch, slot_table, tiles, visible
+from moda_compile.kernels.configs import padded
 from moda_compile.kernels.decode_merge import decode_merge_kernel
 from moda_compile.kernels.decode_parts import ask_for_keys, slot_tile, with_keys, with_slots
 
@@ -349,7 +350,7 @@ def run(
         mask: of the sequence, bool or additive, broadcastable to [B, Hq, Tq, Tk]; beside is_causal
             it takes more away. Keys that no row of a program sees are not read at all.
         seen: what `visible.run` says of the mask, where it is known.
-        splits: the most splits of the keys; by default what `configs.decode_splits` says.
+        splits: the most splits of the keys; by default what `decode_configs.decode_splits` says.
 
     Returns:
         out [B, Hq, Tq, d] in [B, Tq, Hq, d] memory order, and the joint lse [B, Hq, Tq], float32,
@@ -379,7 +380,7 @@ def run(
 
     rows = group * queries
     multiprocessors = launch.multiprocessors(q)
-    tile = configs.decode_tile(
+    tile = decode_configs.decode_tile(
         head_dim=d,
         rows=rows,
         keys=keys,
@@ -390,11 +391,11 @@ def run(
     )
     row_blocks = -(-rows // tile.rows)
     if splits is None:
-        splits = configs.decode_splits(
+        splits = decode_configs.decode_splits(
             pairs=b * hk * row_blocks, tile=tile, multiprocessors=multiprocessors
         )
-    split = configs.equal_splits(count=splits, keys=keys, tile_keys=tile.keys)
-    slot_tile = configs.decode_slots(head_dim=d, dtype=q.dtype)
+    split = decode_configs.equal_splits(count=splits, keys=keys, tile_keys=tile.keys)
+    slot_tile = decode_configs.decode_slots(head_dim=d, dtype=q.dtype)
     read = slots or slot_table.none(q)
     chunks = -(-read.count // slot_tile)
     # One program for all there is: nothing is left to join.
@@ -409,7 +410,7 @@ def run(
     # PyTorch's way to launch a traced kernel knows of no dependent launches.
     dependent = not traced and launch.dependent_launches(q)
     options = {"launch_pdl": True} if dependent else {}
-    joining = configs.merge_tile(head_dim=d, parts=splits + chunks)
+    joining = decode_configs.merge_tile(head_dim=d, parts=splits + chunks)
     with launch.on_device(q):
         launch.launchable(decode_split_kernel, traced)[
             (b * hk if whole else slot_programs + b * hk * split.count * row_blocks,)
@@ -449,7 +450,7 @@ def run(
             *(read.addresses or (0,) * (2 * slot_table.ROWS)),
             GROUP=group,
             HEAD_DIM=d,
-            PADDED_DIM=configs.padded(d),
+            PADDED_DIM=padded(d),
             WIDTH=width,
             ROWS=tile.rows,
             KEYS=tile.keys,
@@ -488,7 +489,7 @@ def run(
             *lse.stride(),
             GROUP=group,
             HEAD_DIM=d,
-            PADDED_DIM=configs.padded(d),
+            PADDED_DIM=padded(d),
             WIDTH=width,
             PARTS=joining.parts,
             DEPENDENT=dependent,

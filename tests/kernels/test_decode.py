@@ -27,7 +27,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 pytest.importorskip("triton")
 
 from moda_compile import kernels  # noqa: E402
-from moda_compile.kernels import configs, decode, launch, slot_table, visible  # noqa: E402
+from moda_compile.kernels import (  # noqa: E402
+    configs,
+    decode,
+    decode_configs,
+    launch,
+    slot_table,
+    visible,
+)
 from tests.kernels.compiled import POINTERS, compile_for_h100  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("decode_cases.py")
@@ -90,9 +97,9 @@ def tile_of(
     pairs: int = 8,
     keys: int = 2048,
     capability: tuple[int, int] = (9, 0),
-) -> configs.DecodeTile:
+) -> decode_configs.DecodeTile:
     """Of a GPU with 132 SMs."""
-    return configs.decode_tile(
+    return decode_configs.decode_tile(
         head_dim=head_dim,
         rows=rows,
         keys=keys,
@@ -107,8 +114,8 @@ def test_splits_cover_every_key_once_and_fill_the_gpu() -> None:
     for pairs in (1, 3, 8, 24, 192, 1024):
         for keys in (0, 1, 63, 64, 65, 2048, 16384, 10**6):
             tile = tile_of(64, 4, BF16, pairs=pairs, keys=keys)
-            count = configs.decode_splits(pairs=pairs, tile=tile, multiprocessors=132)
-            parts = configs.equal_splits(count=count, keys=keys, tile_keys=tile.keys)
+            count = decode_configs.decode_splits(pairs=pairs, tile=tile, multiprocessors=132)
+            parts = decode_configs.equal_splits(count=count, keys=keys, tile_keys=tile.keys)
             assert parts.count >= 1
             assert parts.keys % tile.keys == 0
             assert parts.count * parts.keys >= keys
@@ -226,7 +233,7 @@ def test_split_kernel_compiles_for_an_h100(
         MASK_CHUNK=kernels.MASK_CHUNK,
         MASK=0 if masked is None else 1 if masked == torch.bool else 2,
         WHOLE=whole, DEPENDENT=slots != "table", OUT_ALIGN=16,
-        SLOTS=configs.decode_slots(head_dim=head_dim, dtype=dtype),
+        SLOTS=decode_configs.decode_slots(head_dim=head_dim, dtype=dtype),
         COLUMNS=8, TABLE=slots == "table", LISTED=slots == "listed", UNIFORM=True, SLOT_ALIGN=16,
         ALIGN=16, KEY_ALIGN=16, VALUE_ALIGN=16,
     )  # fmt: skip
@@ -263,7 +270,7 @@ def test_visible_keys_kernel_compiles_for_an_h100(dtype: torch.dtype) -> None:
     ("dtype", "head_dim", "parts"), [(BF16, 64, 5), (FP16, 256, 200), (FP32, 80, 33)], ids=str
 )
 def test_merge_kernel_compiles_for_an_h100(dtype: torch.dtype, head_dim: int, parts: int) -> None:
-    tile = configs.merge_tile(head_dim=head_dim, parts=parts)
+    tile = decode_configs.merge_tile(head_dim=head_dim, parts=parts)
     assert tile.parts >= min(parts, 16)
     pointers = dict(out=POINTERS[dtype], partial="*fp32", lse="*fp32")
     constants: dict[str, Any] = dict(
