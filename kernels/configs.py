@@ -283,13 +283,13 @@ def backward_tile(
 
     Measured on an H200 (benchmarks/results/tiles_h200.txt, section 15).
     """
-    cost = _cost(head_dim, group, dtype)
     few = padded(group) == 16 and dtype.itemsize < 4
-    if head_dim <= 64 and _in_two_rows(cost, group, dtype):
+    in_two_rows = _in_two_rows(head_dim, group, dtype)
+    if head_dim <= 64 and in_two_rows:
         limit = 168 if accumulate and few and group <= 8 else None
         stages = _stages(capability, 2 if accumulate else 3)
         return Tile(rows=2, slots=16, warps=2, stages=stages, registers=limit)
-    if padded(head_dim) <= 128 and _in_two_rows(cost, group, dtype):
+    if padded(head_dim) <= 128 and in_two_rows:
         stages = _stages(capability, 2 if few and not accumulate else 1)
         return Tile(rows=2 if few or not accumulate else 1, slots=16, warps=2, stages=stages)
     if few and not accumulate:
@@ -315,17 +315,17 @@ def _reading(
     64, 80, 128 and 256 and groups of 8, 16 and 32: two rows with a warp each are 1.1 to 2 times as
     fast as the tiles before. Four rows, one row, and two warps a row are slower.
     """
-    cost = _cost(head_dim, group, dtype)
-    if not _in_two_rows(cost, group, dtype):
+    if not _in_two_rows(head_dim, group, dtype):
         return _one_row(head_dim, group, dtype)
-    if head_dim <= 64 and cost > _SMALL:
+    if head_dim <= 64 and _cost(head_dim, group, dtype) > _SMALL:
         limit = 168  # with a group of 32 and 64 elements a few more keep a sixth program out
     stages = _stages(capability, stages)
     return Tile(rows=2, slots=16, warps=2, stages=stages, registers=limit)
 
 
-def _in_two_rows(cost: int, group: int, dtype: torch.dtype) -> bool:
-    """Whether two rows of a matrix kernel, of a warp each, fit; cost: as of `_cost`."""
+def _in_two_rows(head_dim: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether two rows of a matrix kernel, of a warp each, fit."""
+    cost = _cost(head_dim, group, dtype)
     return cost <= _SMALL or (dtype.itemsize < 4 and cost <= 4 * _SMALL and padded(group) <= 32)
 
 

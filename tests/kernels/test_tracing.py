@@ -162,9 +162,21 @@ def test_either_kernel_traces(
         assert isinstance(launch_arguments["kwargs"]["tokens"], Node) == symbolic
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_slots_that_a_kernel_names_itself_are_for_the_vector_kernels(named: bool) -> None:
-    group, slots = 4, configs.MANY_FORWARD  # of a table, or stacked, the matrix kernels read these
+@pytest.mark.parametrize(
+    ("slots", "named", "by_matrix"),
+    [
+        (configs.MANY_QUERY - 1, False, [False, False]),
+        (configs.MANY_QUERY, False, [False, True]),
+        (configs.MANY_FORWARD - 1, False, [False, True]),
+        (configs.MANY_FORWARD, False, [True, True]),
+        (configs.MANY_FORWARD, True, [False, False]),  # vector kernels alone take the slots' names
+    ],
+)
+def test_matrix_kernels_read_many_slots_of_a_group_of_four(
+    slots: int, named: bool, by_matrix: list[bool]
+) -> None:
+    """by_matrix: forward, backward."""
+    group = 4
     assert configs.products(head_dim=64, group=group, dtype=torch.bfloat16, many=True) == "matrix"
 
     def run(q: Tensor, lse: Tensor, k: Tensor) -> tuple[Tensor, ...]:
@@ -181,7 +193,7 @@ def test_slots_that_a_kernel_names_itself_are_for_the_vector_kernels(named: bool
         q = torch.empty(B, HK * group, T, 64, device="cuda", dtype=torch.bfloat16)
         k = torch.empty(2, slots, B, HK, T, 64, device="cuda", dtype=torch.bfloat16)
         graph = make_fx(run)(q, torch.empty(q.shape[:3], device="cuda"), k)
-    assert ["HEADS" in launched["kwargs"] for launched in launches(graph)] == [not named] * 2
+    assert ["HEADS" in launched["kwargs"] for launched in launches(graph)] == by_matrix
 
 
 def test_the_scale_reaches_the_attention_although_head_dim_is_padded() -> None:
