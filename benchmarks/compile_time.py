@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import timing
@@ -127,13 +126,14 @@ def main() -> None:
     warm: dict[str, list[float]] = {side: [] for side in SIDES}
     hits: dict[str, int] = {}
     misses: dict[str, int] = {}
-    work = [side for _ in range(args.runs) for side in SIDES]
-    with ThreadPoolExecutor(args.jobs) as pool:  # its threads wait for processes
-        done = pool.map(lambda side: cold_and_warm(side, args.layers, args.device), work)
-        for side, first, second, found, made in tqdm(done, desc="processes", total=len(work)):
-            cold[side].append(first)
-            warm[side].append(second)
-            hits[side], misses[side] = found, made
+    work = [(side, args.layers, args.device) for _ in range(args.runs) for side in SIDES]
+    done = timing.each(cold_and_warm, work, args.jobs)
+    for side, first, second, found, made in tqdm(done, desc="processes", total=len(work)):
+        cold[side].append(first)
+        warm[side].append(second)
+        hits[side], misses[side] = found, made
+    if not all(cold.values()):
+        raise SystemExit("not every side has run; nothing to compare")
     rows = []
     for side in SIDES:
         first, second = (statistics.median(x[side]) for x in (cold, warm))
