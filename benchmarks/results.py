@@ -69,7 +69,12 @@ def publish(
         picture: how to draw the rows.
         setting: what else one must know of the run.
         folder: where the files go.
+
+    Raises:
+        SystemExit: if there is no row, such as where time was up before the first.
     """
+    if not rows:
+        raise SystemExit(f"{name}: no row was measured, so nothing is written")
     found = {
         "title": title,
         "command": command(),

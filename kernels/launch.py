@@ -176,10 +176,11 @@ def token_major_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 def token_major(x: Tensor) -> Tensor:
     """x [B, H, T, d] in [B, T, H, d] memory order; itself if it lies so already."""
-    if _is_plain(x):  # nearly always so, and this is asked several times a layer
-        _, h, t, d = x.shape
-        if x.stride() == (t * h * d, d, h * d, 1):
-            return x
+    (_, h, t, d), strides = x.shape, x.stride()
+    # Of symbolic numbers the answer would be a guard.
+    known = _is_plain(x) or all(type(n) is int for n in (h, t, d, *strides))
+    if known and strides == (t * h * d, d, h * d, 1):
+        return x
     return contiguous(x.transpose(1, 2)).transpose(1, 2)
 
 

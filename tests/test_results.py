@@ -54,6 +54,12 @@ def published(
     return found, capsys.readouterr().out
 
 
+def test_nothing_is_written_of_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="model: no row was measured"):
+        results.publish("model", "A title", [], claims=[], folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_written(published: Any, tmp_path: Path) -> None:
     found, _ = published
     assert found["command"] == "PYTHONPATH=. python benchmarks/model.py --jobs 2"

@@ -10,6 +10,9 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from moda_compile.kernels import launch
 
@@ -189,6 +192,25 @@ def test_alignment(
     assert x is not None
     assert launch.alignment(x) == expected
     assert launch.alignment(torch.zeros(4, 16), x) == expected
+
+
+def test_what_is_token_major_adds_nothing_to_a_graph() -> None:
+    dense = torch.randn(2, 5, 3, 4).transpose(1, 2)
+    graph = make_fx(launch.token_major, tracing_mode="fake")(dense).graph
+    assert not graph.find_nodes(op="call_function", target=torch.ops.aten.transpose.int)
+    other = make_fx(launch.token_major, tracing_mode="fake")(torch.randn(2, 3, 5, 4)).graph
+    assert len(other.find_nodes(op="call_function", target=torch.ops.aten.transpose.int)) == 2
+
+
+def test_token_major_of_unknown_lengths_adds_no_guard() -> None:
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env) as mode:
+        symbolic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 4)
+        x = mode.from_tensor(torch.randn(2, 5, 3, 4), symbolic_context=symbolic).transpose(1, 2)
+        before = len(shape_env.guards)
+        got = launch.token_major(x)
+    assert got.shape == x.shape and got.stride() == x.stride()
+    assert len(shape_env.guards) == before
 
 
 def test_token_major_is_a_view_where_it_can_be() -> None:
