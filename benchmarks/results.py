@@ -174,6 +174,9 @@ def draw(file: Path) -> None:
     figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
+_LATER = "; later "  # between the commands that made a file's rows
+
+
 def merge(old: Path, new: Path, by: Sequence[str], *, add: bool = False) -> None:
     """Replace rows of ``old`` by the ones of ``new`` that are the same in the columns ``by``.
 
@@ -200,7 +203,10 @@ def merge(old: Path, new: Path, by: Sequence[str], *, add: bool = False) -> None
     script = next(Path(word) for word in first["command"].split() if word.endswith(".py"))
     claims = importlib.import_module(script.stem).claims(first["rows"])
     first["claims"] = [list(claim) for claim in claims]
-    first["command"] += f"; later {second['command'].removeprefix('PYTHONPATH=. python ')}"
+    again = second["command"].removeprefix("PYTHONPATH=. python ")
+    # Of a command that was run before, the rows have been replaced, or it has gone on.
+    before = [x for x in first["command"].split(_LATER) if x != again]
+    first["command"] = _LATER.join([*before, again])
     old.write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")
     draw(old)
 

@@ -164,6 +164,7 @@ def test_rows_of_a_later_run_take_their_places(tmp_path: Path) -> None:
     results.merge(old, write("later", [row(20, 1, 0.75)]), by)
     before = old.read_bytes()
     assert [x["of plain"] for x in json.loads(before)["rows"]] == [0.5, 0.8, 0.75]
+    assert json.loads(before)["command"] == command  # once, though it was run twice
     for other in (
         write("another", [row(36, 1, 0.8)]),
         write("elsewhere", [row(16, 8, 0.9)], machine="another GPU"),
