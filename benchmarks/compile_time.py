@@ -5,7 +5,8 @@
 Each run is a process of its own, imports (of both sides' compilers) and the model's making not
 counted: "cold" with empty caches, "warm" with those that the cold one left. Backend: Inductor,
 forward and backward. The sides' runs take turns, or, with --jobs 3, go side by side, where a
-machine has cores enough. Memory of a step is not the matter here, so sizes are small.
+machine has cores enough, of which each then gives Inductor a third. Memory of a step is not the
+matter here, so sizes are small.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def token_major_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 def token_major(x: Tensor) -> Tensor:
     """x [B, H, T, d] in [B, T, H, d] memory order; itself if it lies so already."""
     (_, h, t, d), strides = x.shape, x.stride()
-    # Of symbolic numbers the answer would be a guard.
+    # Of symbolic numbers there may be no answer, which PyTorch's contiguous can do without.
     known = _is_plain(x) or all(type(n) is int for n in (h, t, d, *strides))
     if known and strides == (t * h * d, d, h * d, 1):
         return x
