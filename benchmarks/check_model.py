@@ -51,5 +51,12 @@ def checks() -> list[checking.Check]:
     ]
 
 
+claims = partial(
+    checking.claim,
+    "converted models through Inductor, fp32 and bf16, every `ffn_kv`, also padded and with a "
+    "learned bias",
+    checks,
+)
+
 if __name__ == "__main__":
-    checking.main(__doc__, checks)
+    checking.main(__doc__, checks, claims)

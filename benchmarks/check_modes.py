@@ -1,6 +1,6 @@
 """Check Inductor's modes on this machine's GPU: right over several steps, and CUDA graphs used.
 
-    PYTHONPATH=. python benchmarks/check_modes.py [--only TEXT]
+    PYTHONPATH=. python benchmarks/check_modes.py [--only TEXT] [--jobs N]
 
 A converted decoder trains for a few steps, with other tokens and weights in each. Each step's
 output and gradients are compared with the float64 oracle's, by the rule of
@@ -10,14 +10,14 @@ graph once the first steps have recorded it. Exits 1 if any check fails.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
+import checking
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -33,48 +33,18 @@ STACK = StackConfig(
 STEPS, WARM_UP = 6, 3  # a first run, a recording, and one more where that takes two
 
 
-def main() -> int:
-    """Run every check; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--only", default="", help="run the cases whose name holds this")
-    only = parser.parse_args().only
-    if not torch.cuda.is_available():
-        print("no CUDA device")
-        return 1
-    print(torch.cuda.get_device_name(), torch.__version__)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    configs = [MoDAConfig(), MoDAConfig(ffn_kv="projected")]
-    both = [(d, config) for d in (torch.float32, torch.bfloat16) for config in configs]
-    cases = [("reduce-overhead", *case) for case in both]
-    cases += [("max-autotune", *case) for case in both[2:]]  # of float32, half an hour of tuning
-    named = {
-        f"{mode:16s} {str(dtype)[6:]:9s} {config.ffn_kv:10s}": (mode, dtype, config)
-        for mode, dtype, config in cases
-    }
-    named = {name: case for name, case in named.items() if only in name}
-    held = 0
-    for name, case in named.items():
-        try:
-            verdict, ok = check(*case)
-        except Exception as error:  # one failure must not hide the others
-            verdict, ok = f"{type(error).__name__}: {str(error)[:300]}", False
-        held += ok
-        print(f"{'ok  ' if ok else 'FAIL'} {name} {verdict}", flush=True)
-    print(f"{held} of {len(named)}")
-    return int(held < len(named))
-
-
-def check(mode: str, dtype: torch.dtype, config: MoDAConfig) -> tuple[str, bool]:
-    """What one case came to, and whether that is as it should be."""
+def check(mode: str, dtype: torch.dtype, config: MoDAConfig) -> str:
+    """The row of a case; raises if anything is too far off, or runs without a CUDA graph."""
     torch._dynamo.reset()
+    torch.backends.cuda.matmul.allow_tf32 = False
     counters.clear()
     torch.manual_seed(0)
     (tokens,) = (x.cuda() for x in STACK.inputs())
     plain = RandomStack(STACK).to("cuda", dtype)
     model = moda_compile.convert(copy.deepcopy(plain), config, (tokens,), mode=mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    worst, right, replays = 0.0, True, []
-    for _ in range(STEPS):
+    errors, replays = {}, []
+    for step in range(STEPS):
         tokens = tokens.roll(1, 1)  # and copied: its address is another each time
         torch.compiler.cudagraph_mark_step_begin()
         with counting_replays() as replayed:
@@ -91,13 +61,14 @@ def check(mode: str, dtype: torch.dtype, config: MoDAConfig) -> tuple[str, bool]
             )
             rounding = rule.rtol * float(true.abs().max()) + rule.atol * steepest
             allowed = eager + rule.condition * moved + eps * rounding
-            worst = max(worst, error / allowed)
-            right = right and error <= allowed  # NaN is not
+            errors[f"{name}, step {step}"] = (error, allowed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     skips = counters["inductor"]["cudagraph_skips"]
-    ok = right and skips == 0 and all(n == 2 for n in replays[WARM_UP:])
-    return f"worst error / allowed {worst:.2f}, skips {skips}, replays {replays}", ok
+    used = f"skips {skips}, replays {replays}"
+    if skips or any(n != 2 for n in replays[WARM_UP:]):
+        raise AssertionError(f"not one CUDA graph a pass: {used}")
+    return f"{checking.worst(errors)}, {used}"
 
 
 def run(model: nn.Module, call: Callable[[Tensor], Tensor], tokens: Tensor) -> dict[str, Tensor]:
@@ -151,5 +122,24 @@ def counting_replays() -> Iterator[list[int]]:
         yield count
 
 
+def checks() -> list[checking.Check]:
+    """All of them."""
+    configs = [MoDAConfig(), MoDAConfig(ffn_kv="projected")]
+    both = [(d, config) for d in (torch.float32, torch.bfloat16) for config in configs]
+    cases = [("reduce-overhead", *case) for case in both]
+    cases += [("max-autotune", *case) for case in both[2:]]  # of float32, half an hour of tuning
+    return [
+        (f"{mode:16s} {str(dtype)[6:]:9s} {config.ffn_kv:10s}", partial(check, mode, dtype, config))
+        for mode, dtype, config in cases
+    ]
+
+
+claims = partial(
+    checking.claim,
+    '`mode="reduce-overhead"` and `"max-autotune"`: right in every step, CUDA graphs replayed, '
+    "none skipped",
+    checks,
+)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    checking.main(__doc__, checks, claims)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import PREFIX, machine, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -52,6 +53,7 @@ def main() -> None:
             results["families"][name] = measure(FAMILIES[name])
         else:
             results["refused"][name] = ask(NOT_CONVERTED[name])
+    results |= found_in(results["families"])
     order = {"families": FAMILIES, "refused": NOT_CONVERTED}
     for part, rows in order.items():  # those of the table, in its order
         results[part] = {n: results[part][n] for n in rows if n in results[part]}
@@ -68,6 +70,19 @@ def main() -> None:
     ]
     if failed:
         sys.exit(f"{len(failed)} failed: {', '.join(failed)}")
+
+
+def found_in(families: dict[str, Any]) -> dict[str, Any]:
+    """What benchmarks/readme.py shows of them."""
+    passed = [case["passed"] for found in families.values() for case in found["cases"].values()]
+    what = f"{len(families)} families of models, forward and every gradient against float64"
+    return {
+        "command": f"{PREFIX}benchmarks/families.py",
+        "machine": machine(),
+        "versions": versions(),
+        "claims": [[f"{what} ([table](#supported-and-not))", f"{sum(passed)} of {len(passed)}"]],
+        "picture": None,
+    }
 
 
 def measure(family: Family) -> dict[str, Any]:

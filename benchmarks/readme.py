@@ -1,32 +1,38 @@
-"""Put the figures of benchmarks/results into the README's table, and draw their pictures again.
+"""Put the figures of benchmarks/results into the README's tables, and draw their pictures again.
 
     PYTHONPATH=. python benchmarks/readme.py
 
-The table stands between two markers, and each row says what its JSON file claims, with the command
-that made it. Nothing in it is typed.
+The tables stand between two markers, and each row says what its JSON files claim, with the command
+that made them. Nothing in them is typed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from results import FOLDER, draw
+from results import FOLDER, commands, draw
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-ORDER = (
-    "kernel_table", "counters", "ablation", "model", "memory", "decode", "compile_time",
-    "cpu_attention", "sanitize",
-)  # fmt: skip
+GROUPS = {
+    "Whole models": ("model", "memory", "decode"),
+    "The op": ("kernel_table", "counters", "ablation", "cpu_attention"),
+    "Compilation": ("compile_time",),
+    "Correctness": (
+        "check_gpu", "check_gather", "check_decode", "check_merge", "check_model", "check_flex",
+        "check_varlen", "check_modes", "sanitize", "families",
+    ),
+}  # fmt: skip
 
 
 def found(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and contents of each file of results that there is, in the table's order."""
-    for name in ORDER:
-        yield from of_benchmark(folder, name)
+    """Name and contents of each file of results that there is, in the tables' order."""
+    for names in GROUPS.values():
+        for name in names:
+            yield from of_benchmark(folder, name)
 
 
 def of_benchmark(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -41,19 +47,61 @@ def of_benchmark(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def render(folder: Path) -> str:
-    """The table as Markdown: a row for each claim, with a line in it for each machine."""
-    lines = ["| what | figure | command |", "| --- | --- | --- |"]
-    for name in ORDER:
-        own = list(of_benchmark(folder, name))
-        figures: dict[str, list[str]] = {}
-        for _, result in own:
-            for what, figure in result["claims"]:
-                figures.setdefault(what, []).append(f"{short(result['machine'])}: {figure}")
-        sources = "<br>".join(source(stem, result) for stem, result in own)
-        for number, (what, said) in enumerate(figures.items()):
-            made_by = sources if number == 0 else "the same"
-            lines.append(f"| {what} | {'<br>'.join(said)} | {made_by} |")
+    """The machines, and a table for each group of benchmarks, as Markdown."""
+    machines: dict[str, Mapping[str, Any]] = {}
+    for _, result in found(folder):
+        machines.setdefault(short(result["machine"]), result)
+    lines = [
+        f"- {name}: {described(result).removeprefix(f'{name}, ')}"
+        for name, result in machines.items()
+    ]
+    for group, names in GROUPS.items():
+        own = {name: list(of_benchmark(folder, name)) for name in names}
+        present = {short(x["machine"]) for results in own.values() for _, x in results}
+        columns = [name for name in machines if name in present]
+        if columns:
+            lines += ["", f"### {group}", "", row("what", *columns, "made by")]
+            lines += [row(*["---"] * (len(columns) + 2))]
+            for results in own.values():
+                lines += rows(results, columns, machines)
     return "\n".join(lines)
+
+
+def rows(
+    results: list[tuple[str, dict[str, Any]]],
+    columns: list[str],
+    machines: Mapping[str, Mapping[str, Any]],
+) -> Iterator[str]:
+    """A row for each claim of one benchmark, with a column for each machine."""
+    figures: dict[str, dict[str, str]] = {}
+    for _, result in results:
+        for what, figure in result["claims"]:
+            figures.setdefault(what, {})[short(result["machine"])] = figure
+    made_by = sources(results, machines)
+    for what, said in figures.items():
+        yield row(what, *(said.get(name, "") for name in columns), made_by)
+        made_by = "the same"
+
+
+def row(*cells: str) -> str:
+    """Of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def sources(
+    results: list[tuple[str, dict[str, Any]]], machines: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """The commands that made a benchmark's files, with these; and what differs from `machines`."""
+    files: dict[str, list[str]] = {}
+    for name, result in results:
+        machine = short(result["machine"])
+        first, *later = commands(result)
+        command = f"`python {first}`" + (f" and {len(later)} more" if later else "")
+        place = f"benchmarks/results/{name}"
+        picture = f", [picture]({place}.png)" if result["picture"] else ""
+        other = "" if alike(result, machines[machine]) else f" ({described(result)})"
+        files.setdefault(command, []).append(f"{machine} [rows]({place}.json){picture}{other}")
+    return "<br>".join(f"{command}: {', '.join(own)}" for command, own in files.items())
 
 
 def short(machine: str) -> str:
@@ -61,15 +109,20 @@ def short(machine: str) -> str:
     return machine.removeprefix("NVIDIA ").replace(",", " ").split()[0]
 
 
-def source(name: str, result: dict[str, Any]) -> str:
-    """The command that made a file of results, where it ran, and the picture."""
-    picture = f" ([picture](benchmarks/results/{name}.png))" if result["picture"] else ""
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    return f"`{result['command']}`{picture}; {result['machine']}, {versions}"
+def described(result: Mapping[str, Any]) -> str:
+    """The machine that results are from, and the versions there."""
+    return ", ".join([result["machine"], *(f"{k} {v}" for k, v in result["versions"].items())])
 
 
-def put_into(readme: str, table: str) -> str:
-    """``readme`` with ``table`` between the markers.
+def alike(result: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two results are from one machine, with the same versions of what both name."""
+    ours, theirs = result["versions"], other["versions"]
+    same = all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())
+    return same and bool(result["machine"] == other["machine"])
+
+
+def put_into(readme: str, tables: str) -> str:
+    """``readme`` with ``tables`` between the markers.
 
     Raises:
         ValueError: if it has no such place.
@@ -78,7 +131,7 @@ def put_into(readme: str, table: str) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"the README has no {BEGIN} .. {END}")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+    return f"{before}{begin}\n{tables}\n{end}{after}"
 
 
 def main() -> None:

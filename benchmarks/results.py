@@ -13,6 +13,7 @@ import argparse
 import importlib
 import json
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ import torch
 from moda_compile.report import table
 
 FOLDER = Path(__file__).resolve().parent / "results"
+PREFIX = "PYTHONPATH=. python "  # of every command
 Row = Mapping[str, Any]
 
 
@@ -58,6 +60,7 @@ def publish(
     picture: Picture | None = None,
     setting: str = "",
     folder: Path = FOLDER,
+    printed: bool = False,
 ) -> None:
     """Print rows as a table; write `name`.json, and, where matplotlib is, `name`.png.
 
@@ -69,6 +72,7 @@ def publish(
         picture: how to draw the rows.
         setting: what else one must know of the run.
         folder: where the files go.
+        printed: the rows have been already, as they came.
 
     Raises:
         SystemExit: if there is no row, such as where time was up before the first.
@@ -85,7 +89,8 @@ def publish(
         "claims": [list(claim) for claim in claims],
         "picture": None if picture is None else asdict(picture),
     }
-    print(render(found))
+    if not printed:
+        print(render(found))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -117,13 +122,14 @@ def command() -> str:
     if "--out" in words:
         place = words.index("--out")
         del words[place : place + 2]
-    return f"PYTHONPATH=. python {shlex.join(words)}"
+    return f"{PREFIX}{shlex.join(words)}"
 
 
 def machine() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}, {platform.machine()}"
 
 
 def versions() -> dict[str, str]:
@@ -174,7 +180,9 @@ def draw(file: Path) -> None:
     figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
-_LATER = "; later "  # between the commands that made a file's rows
+def commands(found: Mapping[str, Any]) -> list[str]:
+    """Those that made a file's rows, one after another, without PREFIX."""
+    return re.split("; (?:later )?(?=benchmarks/)", found["command"].removeprefix(PREFIX))
 
 
 def merge(old: Path, new: Path, by: Sequence[str], *, add: bool = False) -> None:
@@ -200,13 +208,13 @@ def merge(old: Path, new: Path, by: Sequence[str], *, add: bool = False) -> None
         else:
             raise ValueError(f"{old} has no row with {dict(zip(by, own, strict=True))}")
     sys.path.insert(0, str(Path(__file__).parent))
-    script = next(Path(word) for word in first["command"].split() if word.endswith(".py"))
+    script = Path(commands(first)[0].split()[0])
     claims = importlib.import_module(script.stem).claims(first["rows"])
     first["claims"] = [list(claim) for claim in claims]
-    again = second["command"].removeprefix("PYTHONPATH=. python ")
+    again = commands(second)
     # Of a command that was run before, the rows have been replaced, or it has gone on.
-    before = [x for x in first["command"].split(_LATER) if x != again]
-    first["command"] = _LATER.join([*before, again])
+    before = [x for x in commands(first) if x not in again]
+    first["command"] = f"{PREFIX}{'; later '.join([*before, *again])}"
     old.write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")
     draw(old)
 

@@ -64,7 +64,7 @@ def checks() -> list[checking.Check]:
         replace(attention, sequence="fused", d=76, g=1, dtype=FP32, t=9),
         replace(attention, sequence="fused", mode="stacked", mask="bool", causal=False, g=3),
     ):
-        found.append((f"attention {case}", partial(check_gpu.check_case, case)))
+        found.append((f"attention {case}", partial(check_gpu.check, case)))
     gather = check_gather.Case(t=17, readers=(3, 2))
     for own in (
         gather,
@@ -128,9 +128,9 @@ def main() -> None:
         # cuDNN's kernels store through the bulk copy engine, which initcheck doesn't see: all that
         # reads their results would be reported.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        passed = checking.run(checks)
-        print(f"{passed.count(True)} of {len(passed)} checks passed")
-        sys.exit(not all(passed))
+        ran = list(checking.run(checks))
+        print(f"{checking.counted(ran)} checks passed")
+        sys.exit(not all(row["passed"] for row in ran))
     if shutil.which("compute-sanitizer") is None:
         sys.exit("sanitize: compute-sanitizer, of NVIDIA's CUDA toolkit, is not on the PATH.")
     names, rows, failed = own_kernels(), [], False

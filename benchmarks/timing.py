@@ -79,17 +79,24 @@ def each(measure: Callable[..., Any], work: Iterable[tuple[Any, ...]], jobs: int
     own, of which one at a time holds `turn`. With a job for each, none does before all have come to
     it: a step that waits for the host is not timed while others compile.
 
-    SIGTERM, as of `timeout`, ends it with what has come so far.
+    SIGTERM ends it: see `until_told`.
     """
     work = list(work)
+    return until_told(_each(measure, work, jobs), len(work))
+
+
+def until_told(results: Iterator[Any], total: int) -> Iterator[Any]:
+    """`results`, of which there are `total`; SIGTERM, as of `timeout`, ends them with those that
+    have come so far.
+    """
     done = 0
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        for result in _each(measure, work, jobs):
+        for result in results:
             done += 1
             yield result
     except _Stopped:
-        print(f"told to stop after {done} of {len(work)}", file=sys.stderr, flush=True)
+        print(f"told to stop after {done} of {total}", file=sys.stderr, flush=True)
     finally:
         signal.signal(signal.SIGTERM, before)
 

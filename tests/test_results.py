@@ -83,20 +83,55 @@ def test_what_is_printed(published: Any) -> None:
     ]
 
 
-def test_the_table_of_the_readme(published: Any, tmp_path: Path) -> None:
-    lines = readme.render(tmp_path).splitlines()
-    here = readme.short(results.machine())
-    assert lines[2].startswith(f"| one thing | {here}: 0.512 | `PYTHONPATH=. python benchmarks/mod")
-    assert lines[3] == f"| another | {here}: 3 | the same |"
-    # Another machine's figures stand in the same rows, and what only it has behind them.
-    found = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
-    found |= {"machine": "NVIDIA A1 80GB", "claims": [["another", "4"], ["a third", "5"]]}
-    (tmp_path / "model_a1.json").write_text(json.dumps(found), encoding="utf-8")
-    first, second, third = readme.render(tmp_path).splitlines()[2:]
-    assert first.startswith(lines[2].removesuffix(" |") + "<br>`PYTHONPATH=. python benchmarks/mod")
-    assert "model_a1.png)); NVIDIA A1 80GB, " in first
-    assert second == f"| another | {here}: 3<br>A1: 4 | the same |"
-    assert third == "| a third | A1: 5 | the same |"
+def test_the_tables_of_the_readme(published: Any, tmp_path: Path) -> None:
+    here, found = readme.short(results.machine()), published[0]
+    command = "`python benchmarks/model.py --jobs 2`"
+    first, _, title, _, head, line, *claims = readme.render(tmp_path).splitlines()
+    assert first.startswith(f"- {here}: ") and f"torch {torch.__version__}" in first
+    assert title == "### Whole models"
+    assert (head, line) == (f"| what | {here} | made by |", "| --- | --- | --- |")
+    files = f"{here} [rows](benchmarks/results/model.json), [picture](benchmarks/results/model.png)"
+    assert claims == [
+        f"| one thing | 0.512 | {command}: {files} |",
+        "| another | 3 | the same |",
+    ]
+    # Another machine's figures stand in the same rows, and what only it has below them.
+    other = found | {"machine": "NVIDIA A1 80GB", "claims": [["another", "4"], ["a third", "5"]]}
+    other |= {"command": f"{found['command']}; later benchmarks/model.py --jobs 1"}
+    (tmp_path / "model_a1.json").write_text(json.dumps(other), encoding="utf-8")
+    machines, table = readme.render(tmp_path).split("\n\n### Whole models\n\n")
+    assert machines.splitlines()[1].startswith("- A1: NVIDIA A1 80GB, torch ")
+    head, _, *claims = table.splitlines()
+    assert head == f"| what | {here} | A1 | made by |"
+    rest = "A1 [rows](benchmarks/results/model_a1.json), [picture](benchmarks/results/model_a1.png)"
+    assert claims == [
+        f"| one thing | 0.512 |  | {command}: {files}<br>{command} and 1 more: {rest} |",
+        "| another | 3 | 4 | the same |",
+        "| a third |  | 5 | the same |",
+    ]
+    # Of the same command there is one; a machine has a column only where it has a figure.
+    (tmp_path / "memory_a1.json").write_text(json.dumps(other), encoding="utf-8")
+    (tmp_path / "sanitize_a1.json").write_text(json.dumps(other), encoding="utf-8")
+    (tmp_path / "model_a1.json").write_text(
+        json.dumps(other | {"command": found["command"]}), encoding="utf-8"
+    )
+    models, right = readme.render(tmp_path).split("\n\n### Correctness\n\n")
+    assert f" {command}: {files}, {rest} |" in models
+    assert right.startswith("| what | A1 | made by |\n| --- | --- | --- |\n| another | 4 | ")
+
+
+def test_what_differs_from_a_machine_s_versions_is_said(published: Any, tmp_path: Path) -> None:
+    found = published[0]
+    same = {k: v for k, v in found["versions"].items() if k == "torch"}  # of the rest it is silent
+    for name, versions in (("memory", same), ("decode", same | {"torch": "1.0"})):
+        other = found | {"versions": versions, "picture": None}
+        (tmp_path / f"{name}.json").write_text(json.dumps(other), encoding="utf-8")
+    text = readme.render(tmp_path)
+    assert "[rows](benchmarks/results/memory.json) |" in text
+    assert f"[rows](benchmarks/results/decode.json) ({found['machine']}, torch 1.0) |" in text
+
+
+def test_tables_are_put_between_their_markers() -> None:
     text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter"
     assert readme.put_into(text, "new") == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter"
     with pytest.raises(ValueError, match="figures:begin"):
@@ -112,8 +147,16 @@ def test_the_readme_says_what_the_results_say() -> None:
 
 
 def test_every_file_of_results_is_in_the_table() -> None:
-    names = {file.stem for file in readme.FOLDER.glob("*.json")} - {"families"}  # its own table
+    names = {file.stem for file in readme.FOLDER.glob("*.json")}
     assert names == {name for name, _ in readme.found(readme.FOLDER)}
+
+
+def test_rows_that_were_printed_as_they_came_are_not_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.publish("memory", "A title", ROWS, claims=[], folder=tmp_path, printed=True)
+    assert capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))["rows"] == ROWS
 
 
 def test_a_file_without_a_picture_is_not_drawn(tmp_path: Path) -> None:
