@@ -41,15 +41,19 @@ def checks() -> list[checking.Check]:
 claims = partial(checking.claim, "what is checked", checks)
 
 
-def stopping() -> list[checking.Check]:
-    return [("right", right), ("stop", partial(stop, os.getpid())), ("right again", right)]
-
-
-def stop(benchmark: int) -> str:
-    time.sleep(1)
+def stop(benchmark: int, one_has_come: Path) -> str:
+    """SIGTERM to the benchmark once it has a row."""
+    while not one_has_come.exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # it waits for the next by now
     os.kill(benchmark, signal.SIGTERM)
     time.sleep(120)
     return ""
+
+
+def stopping(benchmark: int, one_has_come: Path) -> list[checking.Check]:
+    halt = partial(stop, benchmark, one_has_come)
+    return [("right", right), ("stop", halt), ("right again", right)]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -118,21 +122,21 @@ def test_no_check_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_has_been_checked_is_written_when_time_is_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_main(stopping, "", tmp_path, monkeypatch) == 1
+    checks_of = partial(stopping, os.getpid(), tmp_path)  # which is there: they run one by one
+    assert run_main(checks_of, "", tmp_path, monkeypatch) == 1
     found = json.loads((tmp_path / "check_it.json").read_text(encoding="utf-8"))
     assert [row["check"] for row in found["rows"]] == ["right"]
     assert found["claims"] == [["what is checked", "1 of 1 that ran, of 3"]]
 
 
-def test_processes_are_not_waited_for_when_time_is_up() -> None:
+def test_processes_are_not_waited_for_when_time_is_up(tmp_path: Path) -> None:
     start = time.perf_counter()
-    todo = partial(_stopping_with, os.getpid())
-    assert [row["check"] for row in checking.run(todo, jobs=2)] == ["right"]
+    one_has_come, came = tmp_path / "one", []
+    for row in checking.run(partial(stopping, os.getpid(), one_has_come), jobs=2):
+        came.append(row["check"])
+        one_has_come.touch()
+    assert came == ["right"]
     assert time.perf_counter() - start < 100
-
-
-def _stopping_with(benchmark: int) -> list[checking.Check]:
-    return [("right", right), ("stop", partial(stop, benchmark)), ("right again", right)]
 
 
 def test_errors_beside_what_is_allowed() -> None:

@@ -20,11 +20,13 @@ def squared(n: int) -> int:
         return n * n
 
 
-def told_to_stop_at_two(n: int, benchmark: int) -> int:
+def told_to_stop_at_two(n: int, benchmark: int, two_have_come: Path) -> int:
     if n < 2:
         return n
     if n == 2:
-        time.sleep(1)
+        while not two_have_come.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)  # it waits for the next by now
         os.kill(benchmark, signal.SIGTERM)
     time.sleep(120)
     return n
@@ -37,12 +39,19 @@ def test_rows_come_in_their_order(jobs: int) -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2, 4])
 def test_a_benchmark_that_is_told_to_stop_keeps_its_rows(
-    jobs: int, capsys: pytest.CaptureFixture[str]
+    jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     start = time.perf_counter()
-    work = [(n, os.getpid()) for n in range(4)]
-    assert list(timing.each(told_to_stop_at_two, work, jobs)) == [0, 1]
+    two_have_come = tmp_path / "two"
+    came = []
+    for n in timing.each(
+        told_to_stop_at_two, [(n, os.getpid(), two_have_come) for n in range(4)], jobs
+    ):
+        came.append(n)
+        if len(came) == 2:
+            two_have_come.touch()
+    assert came == [0, 1]
     assert time.perf_counter() - start < 100
     assert "told to stop after 2 of 4" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
