@@ -51,9 +51,10 @@ generate: $(SMOLLM2)
 	$(PY) examples/generate.py $(ARGS)
 
 # One thread per worker: two workers on two cores, and small tensors gain nothing from threads.
+# Nor does a pool of processes that compile, which each process of the tests would start.
 # Files in the order that tests/conftest.py gives them: the longest are not those of most tests.
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(DEV) typecheck
 	$(PY) -m ruff format --check .

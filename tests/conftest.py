@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo.guards
 
 
 def pytest_collection_finish() -> None:
@@ -22,6 +23,9 @@ def pytest_collection_finish() -> None:
     # Pytest hangs handlers on loggers that do not propagate, and PyTorch writes whole graphs into
     # this one, for a tool that reads them, as soon as it has one: a twentieth of the tests' time.
     logging.getLogger("torch.__trace").propagate = True
+    # Dynamo reports how long a graph's guards take, with the processor's caches emptied before: a
+    # fifteenth of the tests' time, and of the other worker's, whose caches they are as well.
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
