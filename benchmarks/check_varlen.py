@@ -130,9 +130,11 @@ CASES = (
 def checks() -> list[checking.Check]:
     """All of them."""
     return [
-        (f"{str(dtype)[6:]} window {window} G{WIDTH // HEAD // kv_heads}", partial(check, *case))
-        for case in CASES
-        for dtype, window, kv_heads in [case]
+        (
+            f"{str(dtype)[6:]} window {window} G{WIDTH // HEAD // kv_heads}",
+            partial(check, dtype, window, kv_heads),
+        )
+        for dtype, window, kv_heads in CASES
     ]
 
 

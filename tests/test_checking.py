@@ -145,12 +145,22 @@ def test_errors_beside_what_is_allowed() -> None:
     assert checking.worst(errors) == "0.50 of what is allowed: dq 1e-03/2e-03"
 
 
-@pytest.mark.parametrize("error", [3e-3, math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("error", "limit"),
+    [
+        (3e-3, 2e-3),
+        (math.inf, 2e-3),
+        (math.nan, 2e-3),
+        (math.inf, math.inf),
+        (1e-3, math.nan),
+        (0, math.inf),
+    ],
+)
 @pytest.mark.parametrize("judge", [checking.verdict, checking.worst])
-def test_an_error_that_is_too_large(judge: object, error: float) -> None:
+def test_an_error_that_is_too_large(judge: object, error: float, limit: float) -> None:
     for name in ("dq", "dk", "dv"):
         errors = {"dq": (1e-3, 2e-3), "dk": (1e-3, 2e-3), "dv": (1e-3, 2e-3)}
-        errors[name] = (error, 2e-3)
+        errors[name] = (error, limit)
         with pytest.raises(AssertionError, match=f"^{name} too far off: "):
             judge(errors)  # type: ignore[operator]
 
