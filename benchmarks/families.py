@@ -4,8 +4,9 @@
 
 Runs every case of every family of tests/models/families on the CPU (or of those named, keeping
 the others' results), prints the table, writes benchmarks/results/families.json and puts the table
-between its markers in README.md. A case that fails is printed and counted, and the exit status
-is 1. Some six minutes on a quiet core.
+between its markers in README.md; benchmarks/readme.py puts the number of cases among the figures.
+A case that fails is printed and counted, and the exit status is 1. Some six minutes on a quiet
+core.
 """
 
 from __future__ import annotations

@@ -140,7 +140,8 @@ def test_tables_are_put_between_their_markers() -> None:
 
 def test_the_readme_says_what_the_results_say() -> None:
     text = readme.README.read_text(encoding="utf-8")
-    assert readme.put_into(text, readme.render(readme.FOLDER)) == text
+    again = "run PYTHONPATH=. python benchmarks/readme.py"
+    assert readme.put_into(text, readme.render(readme.FOLDER)) == text, again
     for name, found in readme.found(readme.FOLDER):
         if found["picture"] is not None:
             assert (readme.FOLDER / f"{name}.png").exists()
