@@ -283,7 +283,7 @@ def check(case: Case) -> str:
         name: (relative(x, y), relative(z, y) + BUDGET[case.dtype])
         for name, x, y, z in zip(names, got, exact, eager, strict=True)
     }
-    # never in 16 bits
+    # It is never in 16 bits.
     errors["lse"] = (errors["lse"][0], BUDGET[FP64 if case.dtype == FP64 else FP32])
     return checking.verdict(errors)
 

@@ -6,9 +6,9 @@ import importlib
 import json
 import math
 import os
-import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,8 @@ import check_flex  # noqa: E402
 import checking  # noqa: E402
 import readme  # noqa: E402
 import results  # noqa: E402
+
+from tests.stopping import tell_to_stop  # noqa: E402
 
 SCRIPTS = sorted(file.stem for file in (ROOT / "benchmarks").glob("check_*.py"))
 
@@ -42,12 +44,7 @@ claims = partial(checking.claim, "what is checked", checks)
 
 
 def stop(benchmark: int, one_has_come: Path) -> str:
-    """SIGTERM to the benchmark once it has a row."""
-    while not one_has_come.exists():
-        time.sleep(0.05)
-    time.sleep(0.5)  # it waits for the next by now
-    os.kill(benchmark, signal.SIGTERM)
-    time.sleep(120)
+    tell_to_stop(benchmark, one_has_come)
     return ""
 
 
@@ -83,12 +80,17 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
-def run_main(checks_of: object, only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def run_main(
+    checks_of: Callable[[], Sequence[checking.Check]],
+    only: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> int:
     """The exit status."""
     arguments = ["check_it.py", "--only", only, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as left:
-        checking.main("Check it.\n\nMore.", checks_of, claims)  # type: ignore[arg-type]
+        checking.main("Check it.\n\nMore.", checks_of, claims)
     return int(left.value.code or 0)
 
 
@@ -157,12 +159,14 @@ def test_errors_beside_what_is_allowed() -> None:
     ],
 )
 @pytest.mark.parametrize("judge", [checking.verdict, checking.worst])
-def test_an_error_that_is_too_large(judge: object, error: float, limit: float) -> None:
+def test_an_error_that_is_too_large(
+    judge: Callable[[checking.Errors], str], error: float, limit: float
+) -> None:
     for name in ("dq", "dk", "dv"):
         errors = {"dq": (1e-3, 2e-3), "dk": (1e-3, 2e-3), "dv": (1e-3, 2e-3)}
         errors[name] = (error, limit)
         with pytest.raises(AssertionError, match=f"^{name} too far off: "):
-            judge(errors)  # type: ignore[operator]
+            judge(errors)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import timing  # noqa: E402
 
+from tests.stopping import tell_to_stop  # noqa: E402
+
 
 def squared(n: int) -> int:
     with timing.turn:
@@ -24,10 +26,7 @@ def told_to_stop_at_two(n: int, benchmark: int, two_have_come: Path) -> int:
     if n < 2:
         return n
     if n == 2:
-        while not two_have_come.exists():
-            time.sleep(0.05)
-        time.sleep(0.5)  # it waits for the next by now
-        os.kill(benchmark, signal.SIGTERM)
+        tell_to_stop(benchmark, two_have_come)
     time.sleep(120)
     return n
 
